@@ -7,7 +7,7 @@ from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .hub import AUTO_CLASSES as _AUTO_CLASSES
 from .hub import PREFIXES as _PREFIXES
-from .modeling_deepseek import *
+from .modeling_deepseek import *  # noqa: F403 (its __all__ is ours)
 
 for _model_type, _prefix in _PREFIXES.items():
     _config = globals()[f"{_prefix}Config"]

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layers import DeepseekRMSNorm
+from .masking import dense_mask
 from .ops import absorbed_attention
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
@@ -141,7 +142,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         return self.o_proj(output), weights
 
     def project(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
-        """`hidden_states` `[B, S, d]` -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`, latent `[B, 1, S, c]`, k_rope `[B, 1, S, r]`."""
+        """`[B, S, d]` -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`, latent `[B, 1, S, c]`, k_rope `[B, 1, S, r]`."""
         if self.config.q_lora_rank is None:
             query = self.q_proj(hidden_states)
         else:
@@ -175,7 +176,9 @@ class DeepseekLatentAttention(DeepseekAttention):
         k_nope, value = expanded.transpose(1, 2).split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         return torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1).to(k_nope.dtype)), dim=-1), value
 
-    def attend_absorbed(self, q_nope, q_rope, latent, k_rope, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_absorbed(
+        self, q_nope, q_rope, latent, k_rope, attention_mask
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over the latents themselves -> `[B, S, H * v]`, and the weights `[B, H, S, T]` where "eager" returns them."""
         weight = self.kv_b_weight(latent).unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         w_uk, w_uv = weight.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
@@ -212,26 +215,3 @@ class DeepseekLatentAttention(DeepseekAttention):
             return self.kv_b_proj.weight.to(like.dtype)
         units = torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)
         return self.kv_b_proj(units.unsqueeze(0)).squeeze(0).transpose(0, 1)
-
-
-def dense_mask(
-    attention_mask, batch: int, queries: int, keys: int, device: torch.device
-) -> torch.Tensor | None:
-    """Any mask that transformers prepares, as one that broadcasts to `[B, H, S, T]`.
-
-    "eager" and "sdpa" give a 4-D one (or `None`: causal), "flash_attention_2" a padding mask `[B, T]`, "flex_attention" a
-    block mask.
-    """
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-        return attention_mask[..., :keys]
-    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
-        from torch.nn.attention.flex_attention import create_mask
-
-        return create_mask(attention_mask.mask_mod, batch, 1, queries, keys, device=device)
-    causal = None
-    if queries > 1:
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
-    if attention_mask is None:
-        return causal
-    padding = attention_mask[:, None, None, :keys].bool()
-    return padding if causal is None else padding & causal

@@ -45,7 +45,9 @@ class LatentLayer(DynamicLayer):
                     f"This LatentCache was built for one {name} of width {expected} per token, and the model stores "
                     f"{states.shape[1]} of width {states.shape[-1]}: build the cache with the config of the model that uses it."
                 )
-        self._buffers = [states.new_empty((*states.shape[:-2], 0, states.shape[-1])) for states in (key_states, value_states)]
+        self._buffers = [
+            states.new_empty((*states.shape[:-2], 0, states.shape[-1])) for states in (key_states, value_states)
+        ]
         self._length = 0
         self.is_initialized = True
 
@@ -68,7 +70,10 @@ class LatentLayer(DynamicLayer):
         end = self._length + key_states.shape[-2]
         if torch.is_grad_enabled() and (key_states.requires_grad or self._buffers[0].requires_grad):
             # autograd keeps the tensors that attention read: they must not be written to again
-            appended = [torch.cat((view, new), dim=-2) for view, new in zip((self.keys, self.values), (key_states, value_states), strict=True)]
+            appended = [
+                torch.cat((view, new), dim=-2)
+                for view, new in zip((self.keys, self.values), (key_states, value_states), strict=True)
+            ]
             self._buffers = appended
         else:
             if end > self._buffers[0].shape[-2]:

@@ -152,7 +152,9 @@ class DeepseekConfig(PreTrainedConfig):
         self._validate_heads()
         self._validate_yarn()
         if self.num_nextn_predict_layers < 0:
-            raise ValueError(f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: it counts MTP layers, use 0 or more.")
+            raise ValueError(
+                f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: it counts MTP layers, use 0 or more."
+            )
         if self.n_routed_experts is not None:
             self._validate_routing()
 
@@ -197,9 +199,13 @@ class DeepseekConfig(PreTrainedConfig):
                     "(n_routed_experts=None makes a dense model)."
                 )
         if experts % groups:
-            raise ValueError(f"n_routed_experts {experts} is not divisible by n_group {groups}: all groups have the same size.")
+            raise ValueError(
+                f"n_routed_experts {experts} is not divisible by n_group {groups}: all groups have the same size."
+            )
         if not 1 <= allowed <= groups:
-            raise ValueError(f"topk_group {allowed} is not between 1 and n_group {groups}: a token cannot use more groups than exist.")
+            raise ValueError(
+                f"topk_group {allowed} is not between 1 and n_group {groups}: a token cannot use more groups than exist."
+            )
         reachable = experts if self.topk_method == "greedy" else experts // groups * allowed
         if top_k > reachable:
             raise ValueError(
@@ -256,7 +262,9 @@ class DeepseekV2Config(DeepseekConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1.")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank is {self.q_lora_rank}: expected at least 1, or None for a direct query projection.")
+            raise ValueError(
+                f"q_lora_rank is {self.q_lora_rank}: expected at least 1, or None for a direct query projection."
+            )
 
 
 @strict

@@ -38,7 +38,9 @@ def auto_map_for(model_type: str) -> dict[str, str]:
         ValueError: for a `model_type` that is not one of ours.
     """
     if model_type not in PREFIXES:
-        raise ValueError(f"model_type {model_type!r} is not a DeepSeek family: expected one of {', '.join(map(repr, PREFIXES))}.")
+        raise ValueError(
+            f"model_type {model_type!r} is not a DeepSeek family: expected one of {', '.join(map(repr, PREFIXES))}."
+        )
     prefix = PREFIXES[model_type]
     models = {auto: f"modeling_deepseek.{prefix}{suffix}" for auto, suffix in AUTO_CLASSES.items()}
     return {"AutoConfig": f"configuration_deepseek.{prefix}Config", **models}

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -20,18 +20,28 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import DeepseekAttention
 from .cache import LatentCache
+from .checkpoint import (
+    SHARED_MTP_WEIGHTS,
+    check_experts,
+    drop_absent_mtp_layers,
+    misfits,
+    safetensors_shapes,
+    with_shared_mtp_weights,
+)
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder import DeepseekDecoderLayer
 from .hub import PREFIXES, auto_map_for, code_files, write_model_card
 from .layers import DeepseekRMSNorm
+from .masking import packed_causal_mask
 from .moe import DeepseekExperts
-from .mtp import SHARED_WEIGHTS, DeepseekMTPLayer, mtp_targets
+from .mtp import DeepseekMTPLayer, mtp_targets
 from .rope import DeepseekRotaryEmbedding
 from .router import DeepseekTopkRouter
 
@@ -67,7 +77,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # transformers looks for these switches in the source of this file; ours stand in attention.py and moe.py
+    # transformers greps this file for `ALL_ATTENTION_FUNCTIONS.get_interface(` and `@use_experts_implementation`, which stand in
+    # attention.py and moe.py, to decide whether implementations can be switched
     _can_set_attn_implementation_cached_value = True
     _can_set_experts_implementation_cached_value = True
     _can_record_outputs = {
@@ -75,8 +86,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": DeepseekAttention,
         "router_logits": OutputRecorder(DeepseekTopkRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
-    _keys_to_ignore_on_load_unexpected = [rf"layers\.\d+\.{re.escape(name)}$" for name in SHARED_WEIGHTS]
+    _keep_in_fp32_modules_strict = ["mlp.gate"]  # the router and its bias
+    _keys_to_ignore_on_load_unexpected = [rf"layers\.\d+\.{re.escape(name)}$" for name in SHARED_MTP_WEIGHTS]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,19 +105,32 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             init.copy_(module.inv_freq, inv_freq)
             init.copy_(module.original_inv_freq, inv_freq)
 
+    def post_init(self) -> None:
+        """Keeps of the parallel plans and the fp32 list what this model has: LLM has no experts, V2-Lite no `q_b_proj`."""
+        super().post_init()
+        names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
+        self._tp_plan = {pattern: style for pattern, style in self._tp_plan.items() if pattern in names}
+        self._ep_plan = {pattern: style for pattern, style in self._ep_plan.items() if pattern in names}
+        if not any(name.endswith("mlp.gate") for name in names):
+            self._keep_in_fp32_modules_strict = set()
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """Looks at the headers first: a bad file or expert is named before anything is read."""
+        if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
+            check_experts(model.config, len(model.base_model.layers), safetensors_shapes(checkpoint_files))
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
         """Names misshapen tensors in the error itself, and settles MTP layers before anything missing is initialised."""
         if not load_config.ignore_mismatched_sizes and loading_info.mismatched_keys:
-            misfits = "; ".join(
-                f"{name}: {tuple(found)} in the checkpoint, {tuple(expected)} by the config"
-                for name, found, expected in sorted(loading_info.mismatched_keys)
-            )
             raise RuntimeError(
-                f"Tensors of {load_config.pretrained_model_name_or_path} do not fit {type(model).__name__}: {misfits}. "
-                "Fix config.json or the checkpoint (or pass ignore_mismatched_sizes=True to initialise them anew)."
+                f"Tensors of {load_config.pretrained_model_name_or_path} do not fit {type(model).__name__}: "
+                f"{misfits(loading_info.mismatched_keys)}. Fix config.json or the checkpoint (or pass "
+                "ignore_mismatched_sizes=True to initialise them anew)."
             )
-        drop_absent_mtp_layers(model, loading_info)
+        drop_absent_mtp_layers(model, model.base_model, loading_info)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(
@@ -115,7 +139,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         """As [`~transformers.PreTrainedModel.save_pretrained`], and beside the weights: the code that loads them with
         `trust_remote_code=True`, `auto_map`, and a model card if there is none. Tensors get their official keys."""
         if not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = with_shared_mtp_weights(self, self.state_dict() if state_dict is None else state_dict)
+            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = with_shared_mtp_weights(self.config, prefix, state_dict)
         model_type = type(self.config).model_type
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
         if is_main_process and not os.path.isfile(save_directory):
@@ -165,7 +191,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """Arguments as in every decoder of transformers; `last_hidden_state` `[B, S, d]` is behind the final norm."""
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -178,7 +204,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if isinstance(past, int):
             self._warn_beyond_positions(past + inputs_embeds.shape[1])
 
-        causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, past)
+        causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         hidden_states = inputs_embeds
@@ -225,35 +251,12 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 hidden_states,
                 inputs_embeds=embeds,
                 position_embeddings=self.rotary_emb(embeds, position_ids[:, :length]),
-                attention_mask=self._causal_mask(embeds, mask, position_ids[:, :length], None, 0),
+                attention_mask=packed_causal_mask(self.config, embeds, mask, position_ids[:, :length], None),
                 position_ids=position_ids[:, :length],
                 **kwargs,
             )
             depths.append(hidden_states)
         return depths
-
-    def _causal_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, past):
-        """transformers' causal mask; packed rows are told apart also while a cache is being filled, unlike there.
-
-        Positions that restart begin a new document, which sees nothing before it. As in transformers this is looked for only
-        without an `attention_mask`.
-        """
-        documents = None
-        if position_ids is not None and attention_mask is None and past_key_values is not None:
-            starts = document_starts(position_ids.expand(inputs_embeds.shape[0], -1), past)
-            if starts is not None:
-
-                def documents(batch_idx, head_idx, q_idx, kv_idx):
-                    return kv_idx >= starts[batch_idx, q_idx - past]
-
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            and_mask_function=documents,
-        )
 
     def _warn_beyond_positions(self, length: int) -> None:
         if length > self.config.max_position_embeddings:
@@ -291,7 +294,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_mtp_logits: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> DeepseekCausalLMOutput:
         """Arguments as in every causal model of transformers, and `output_mtp_logits`.
 
@@ -448,69 +451,6 @@ class DeepseekV3ForQuestionAnswering(DeepseekV3PreTrainedModel, DeepseekForQuest
 def new_cache(config: DeepseekConfig) -> Cache:
     """An empty cache of the kind that `config` calls for."""
     return LatentCache(config) if hasattr(config, "kv_lora_rank") else DynamicCache(config=config)
-
-
-def document_starts(position_ids: torch.Tensor, past: int | torch.Tensor) -> torch.Tensor | None:
-    """First key that each query of packed rows may see, `[B, S]`, or `None` when no row holds more than one document.
-
-    A token whose position does not follow its predecessor's starts a document at its own slot; the row's first tokens belong to
-    the document that started `position` slots before them.
-    """
-    length = position_ids.shape[1]
-    slots = torch.arange(length, device=position_ids.device) + past
-    restarts = torch.diff(position_ids, dim=-1, prepend=position_ids[:, :1] - 1) != 1
-    first = (past - position_ids[:, :1]).clamp(min=0) if not isinstance(past, int) or past else slots[:1] * 0
-    starts = torch.where(restarts, slots, 0).cummax(dim=-1).values
-    starts = torch.maximum(starts, first.expand(position_ids.shape[0], 1))
-    if not torch.compiler.is_compiling() and not (starts > 0).any():
-        return None
-    return starts
-
-
-def drop_absent_mtp_layers(model: PreTrainedModel, loading_info) -> None:
-    """Turns off MTP layers that the config claims and the checkpoint lacks, with one warning: never random weights.
-
-    Keys of MTP layers that the checkpoint holds and the config turned off are not reported as unexpected.
-    """
-    decoder = getattr(model, model.base_model_prefix, model)
-    main = model.config.num_hidden_layers
-    layer_of = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
-    def index(key: str) -> int:
-        found = layer_of.search(key)
-        return int(found.group(1)) if found else -1
-
-    absent = sorted(key for key in loading_info.missing_keys if index(key) >= main)
-    if absent:
-        kept = min(map(index, absent)) - main
-        logger.warning(
-            f"config.num_nextn_predict_layers is {model.config.num_nextn_predict_layers}, but the checkpoint lacks "
-            f"{len(absent)} tensors of its MTP layers ({absent[0]}, ...): loaded with {kept}."
-        )
-        del decoder.layers[main + kept :]
-        model.config.num_nextn_predict_layers = decoder.config.num_nextn_predict_layers = kept
-        loading_info.missing_keys = {key for key in loading_info.missing_keys if index(key) < main + kept}
-    dropped = {index(key) for key in loading_info.unexpected_keys if key.endswith(".eh_proj.weight")}
-    loading_info.unexpected_keys = {
-        key for key in loading_info.unexpected_keys if index(key) < main or index(key) not in dropped
-    }
-
-
-def with_shared_mtp_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` plus the copies of embedding and head that every MTP layer has on disk."""
-    decoder = getattr(model, model.base_model_prefix, model)
-    prefix = f"{model.base_model_prefix}." if decoder is not model else ""
-    sources = {"embed_tokens": f"{prefix}embed_tokens.weight", "lm_head": "lm_head.weight"}
-    if model.config.tie_word_embeddings:
-        sources["lm_head"] = sources["embed_tokens"]
-    state_dict = dict(state_dict)
-    main = model.config.num_hidden_layers
-    for layer in range(main, main + model.config.num_nextn_predict_layers):
-        for name, source in SHARED_WEIGHTS.items():
-            weight = state_dict.get(sources[source])
-            if weight is not None and weight.device.type != "meta":
-                state_dict[f"{prefix}layers.{layer}.{name}"] = weight.clone()
-    return state_dict
 
 
 __all__ = [

@@ -7,9 +7,6 @@ from transformers import PreTrainedConfig
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
 
-# On disk an MTP layer repeats the embedding and the head, which it shares with the main model in memory.
-SHARED_WEIGHTS = {"embed_tokens.weight": "embed_tokens", "shared_head.head.weight": "lm_head"}
-
 
 class DeepseekSharedHead(nn.Module):
     """The norm in front of the output head that all depths share."""

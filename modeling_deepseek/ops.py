@@ -70,9 +70,8 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the last dimension in fp32. A row that sees nothing (a padded query) is spread evenly, never NaN."""
     scores = scores.float()
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
-        else:
-            scores = scores + mask.float()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    elif mask is not None:
+        scores = scores + mask.float()
     return scores.softmax(dim=-1)

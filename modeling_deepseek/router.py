@@ -84,5 +84,7 @@ class DeepseekTopkRouter(nn.Module):
         chosen = choose_experts(
             scores.detach(), self.e_score_correction_bias, self.top_k, self.topk_method, self.n_group, self.topk_group
         )
-        gates = gate_values(scores, chosen, self.norm_topk_prob, self.routed_scaling_factor, self.scales_normalized_gates)
+        gates = gate_values(
+            scores, chosen, self.norm_topk_prob, self.routed_scaling_factor, self.scales_normalized_gates
+        )
         return router_logits, gates, chosen
