@@ -37,6 +37,7 @@ from .checkpoint import (
 )
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder import DeepseekDecoderLayer
+from .fp8 import dequantized_state_dict, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, write_model_card
 from .layers import DeepseekRMSNorm
 from .masking import packed_causal_mask
@@ -114,12 +115,21 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if not any(name.endswith("mlp.gate") for name in names):
             self._keep_in_fp32_modules_strict = set()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read."""
+        config = without_fp8(cls.config_class, pretrained_model_name_or_path, config, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Looks at the headers first: a bad file or expert is named before anything is read."""
+        block_size = model.config.__dict__.pop("_fp8_block_size", None)
         if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
             check_experts(model.config, len(model.base_model.layers), safetensors_shapes(checkpoint_files))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+            if block_size is not None:
+                state_dict = dequantized_state_dict(checkpoint_files, block_size, load_config.dtype)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
