@@ -1,16 +1,16 @@
-"""The models: one implementation, of which the families are configurations."""
+"""The models: one implementation, of which the families are configurations.
+
+Experts follow `@use_experts_implementation` (moe.py), attention follows transformers' attention interface (attention.py).
+"""
 
 import copy
-import os
-import re
-import shutil
+import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
@@ -19,38 +19,21 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from .attention import DeepseekAttention
 from .cache import LatentCache
-from .checkpoint import (
-    SHARED_MTP_WEIGHTS,
-    check_experts,
-    drop_absent_mtp_layers,
-    misfits,
-    safetensors_shapes,
-    with_shared_mtp_weights,
-)
-from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
-from .fp8 import dequantized_state_dict, without_fp8
-from .hub import PREFIXES, auto_map_for, code_files, write_model_card
 from .layers import DeepseekRMSNorm
 from .masking import packed_causal_mask
-from .moe import DeepseekExperts
 from .mtp import DeepseekMTPLayer, mtp_targets
+from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
-from .router import DeepseekTopkRouter
 
 logger = logging.get_logger(__name__)
-
-# Per-expert checkpoint keys fuse on load and split on save, as for the native classes of the same model_type.
-for _model_type in PREFIXES:
-    register_checkpoint_conversion_mapping(_model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
 @dataclass
@@ -65,111 +48,6 @@ class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
     lm_loss: torch.Tensor | None = None
     mtp_loss: tuple[torch.Tensor, ...] | None = None
     mtp_logits: tuple[torch.Tensor, ...] | None = None
-
-
-class DeepseekPreTrainedModel(PreTrainedModel):
-    config: DeepseekConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    # transformers greps this file for `ALL_ATTENTION_FUNCTIONS.get_interface(` and `@use_experts_implementation`, which stand in
-    # attention.py and moe.py, to decide whether implementations can be switched
-    _can_set_attn_implementation_cached_value = True
-    _can_set_experts_implementation_cached_value = True
-    _can_record_outputs = {
-        "hidden_states": DeepseekDecoderLayer,
-        "attentions": DeepseekAttention,
-        "router_logits": OutputRecorder(DeepseekTopkRouter, index=0),
-    }
-    _keep_in_fp32_modules_strict = ["mlp.gate"]  # the router and its bias
-    _keys_to_ignore_on_load_unexpected = [rf"layers\.\d+\.{re.escape(name)}$" for name in SHARED_MTP_WEIGHTS]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, DeepseekTopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, DeepseekExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, DeepseekRotaryEmbedding):
-            inv_freq, _ = module.rope_init_fn(module.config, device=None)
-            init.copy_(module.inv_freq, inv_freq)
-            init.copy_(module.original_inv_freq, inv_freq)
-
-    def post_init(self) -> None:
-        """Keeps of the parallel plans and the fp32 list what this model has: LLM has no experts, V2-Lite no `q_b_proj`."""
-        super().post_init()
-        names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
-        self._tp_plan = {pattern: style for pattern, style in self._tp_plan.items() if pattern in names}
-        self._ep_plan = {pattern: style for pattern, style in self._ep_plan.items() if pattern in names}
-        if not any(name.endswith("mlp.gate") for name in names):
-            self._keep_in_fp32_modules_strict = set()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read."""
-        config = without_fp8(cls.config_class, pretrained_model_name_or_path, config, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Looks at the headers first: a bad file or expert is named before anything is read."""
-        block_size = model.config.__dict__.pop("_fp8_block_size", None)
-        if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            check_experts(model.config, len(model.base_model.layers), safetensors_shapes(checkpoint_files))
-            if block_size is not None:
-                state_dict = dequantized_state_dict(checkpoint_files, block_size, load_config.dtype)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        """Names misshapen tensors in the error itself, and settles MTP layers before anything missing is initialised."""
-        if not load_config.ignore_mismatched_sizes and loading_info.mismatched_keys:
-            raise RuntimeError(
-                f"Tensors of {load_config.pretrained_model_name_or_path} do not fit {type(model).__name__}: "
-                f"{misfits(loading_info.mismatched_keys)}. Fix config.json or the checkpoint (or pass "
-                "ignore_mismatched_sizes=True to initialise them anew)."
-            )
-        drop_absent_mtp_layers(model, model.base_model, loading_info)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, **kwargs
-    ) -> None:
-        """As [`~transformers.PreTrainedModel.save_pretrained`], and beside the weights: the code that loads them with
-        `trust_remote_code=True`, `auto_map`, and a model card if there is none. Tensors get their official keys."""
-        if not getattr(self, "_hf_peft_config_loaded", False):
-            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = with_shared_mtp_weights(self.config, prefix, state_dict)
-        model_type = type(self.config).model_type
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
-        if is_main_process and not os.path.isfile(save_directory):
-            os.makedirs(save_directory, exist_ok=True)
-            for file in code_files():
-                if file.parent.resolve() != os.path.realpath(save_directory):
-                    shutil.copyfile(file, os.path.join(save_directory, file.name))
-            write_model_card(save_directory, model_type)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
-
-    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
-        """Code and card are written before `save_pretrained` looks at the clock: leave them among the files to upload."""
-        ours = {"README.md", *(file.name for file in code_files())}
-        return {name: stamp for name, stamp in super()._get_files_timestamps(working_dir).items() if name not in ours}
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
-        write_model_card(working_dir, type(self.config).model_type, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class DeepseekModel(DeepseekPreTrainedModel):
@@ -374,6 +252,17 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
+def _with_evaluated_signature(forward):
+    """`forward` as it is; its annotations, strings in transformers' generic heads, tell which outputs it can be asked for."""
+
+    @functools.wraps(forward)
+    def evaluated(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    evaluated.__signature__ = inspect.signature(forward, eval_str=True)
+    return evaluated
+
+
 class _TaskHead:
     """Builds transformers' generic heads over our decoder, without the MTP layers that only a causal model uses."""
 
@@ -389,6 +278,8 @@ class _TaskHead:
 
 
 class DeepseekForSequenceClassification(_TaskHead, GenericForSequenceClassification, DeepseekPreTrainedModel):
+    forward = _with_evaluated_signature(GenericForSequenceClassification.forward)
+
     def __init__(self, config: DeepseekConfig):
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -396,6 +287,8 @@ class DeepseekForSequenceClassification(_TaskHead, GenericForSequenceClassificat
 
 
 class DeepseekForTokenClassification(_TaskHead, GenericForTokenClassification, DeepseekPreTrainedModel):
+    forward = _with_evaluated_signature(GenericForTokenClassification.forward)
+
     def __init__(self, config: DeepseekConfig):
         super().__init__(config)
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.0)
@@ -404,14 +297,12 @@ class DeepseekForTokenClassification(_TaskHead, GenericForTokenClassification, D
 
 
 class DeepseekForQuestionAnswering(_TaskHead, GenericForQuestionAnswering, DeepseekPreTrainedModel):
+    forward = _with_evaluated_signature(GenericForQuestionAnswering.forward)
+
     def __init__(self, config: DeepseekConfig):
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-
-class DeepseekV2PreTrainedModel(DeepseekPreTrainedModel):
-    config: DeepseekV2Config
 
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel, DeepseekModel):
@@ -432,10 +323,6 @@ class DeepseekV2ForTokenClassification(DeepseekV2PreTrainedModel, DeepseekForTok
 
 class DeepseekV2ForQuestionAnswering(DeepseekV2PreTrainedModel, DeepseekForQuestionAnswering):
     _model_class = DeepseekV2Model
-
-
-class DeepseekV3PreTrainedModel(DeepseekPreTrainedModel):
-    config: DeepseekV3Config
 
 
 class DeepseekV3Model(DeepseekV3PreTrainedModel, DeepseekModel):
