@@ -1,0 +1,95 @@
+"""Block-FP8 checkpoints: exact weights, scales wherever they are, clear errors."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek.fp8 import dequantize
+
+FP8 = Path(__file__).parent / "goldens" / "b3_v3_fp8_576"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([(128, 128), (64, 32), (1, 128)]), st.integers(0, 9))
+def test_every_element_is_its_fp8_value_times_the_scale_of_its_block(rows, columns, block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // block[0]), -(-columns // block[1]), generator=generator) + 0.1
+    row, column = torch.arange(rows) // block[0], torch.arange(columns) // block[1]
+    assert torch.equal(dequantize(weight, scale, block), weight.float() * scale[row][:, column])
+
+
+def test_ue8m0_scales_are_powers_of_two_and_read_alike():
+    weight = torch.randn(576, 256).to(torch.float8_e4m3fn)
+    exponents = torch.randint(-6, 6, (5, 2)).float().exp2()
+    assert torch.equal(dequantize(weight, exponents.to(torch.float8_e8m0fnu)), dequantize(weight, exponents))
+
+
+def test_scales_of_another_grid_are_an_error():
+    with pytest.raises(ValueError, match=r"\(4, 2\).*\(5, 2\) blocks"):
+        dequantize(torch.zeros(576, 256).to(torch.float8_e4m3fn), torch.ones(4, 2))
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def test_loading_in_bf16_and_saving_is_the_official_cast_bit_by_bit(tmp_path):
+    model = DeepseekV3ForCausalLM.from_pretrained(FP8)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    official = json.loads((FP8 / "golden" / "fp8_cast_bf16_sha256.json").read_text())
+    assert saved.keys() == official.keys()
+    for name, (dtype, shape, digest) in official.items():
+        tensor = saved[name].to(getattr(torch, dtype))  # the router is kept in fp32, official files have it in bf16
+        assert list(tensor.shape) == shape
+        assert sha256(tensor) == digest, name
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_config_alone_keeps_its_quantization_config(tmp_path):
+    DeepseekV3Config.from_pretrained(FP8).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+
+
+def split_into_two_shards(folder: Path, drop: str | None = None) -> None:
+    """The golden checkpoint with all scales in another file than the weights, less the tensor `drop`."""
+    folder.mkdir()
+    shutil.copy(FP8 / "config.json", folder)
+    tensors = {name: tensor for name, tensor in load_file(FP8 / "model.safetensors").items() if name != drop}
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    weight_map = {}
+    for number, shard in enumerate((tensors, scales), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_scales_may_lie_in_another_shard(tmp_path):
+    split_into_two_shards(tmp_path / "sharded")
+    ours, whole = (DeepseekV3ForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "sharded", FP8))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["weight", "weight_scale_inv"])
+def test_half_of_a_pair_is_an_error_that_names_both(tmp_path, kind):
+    name = "model.layers.1.self_attn.o_proj."
+    split_into_two_shards(tmp_path / "sharded", drop=name + kind)
+    with pytest.raises(ValueError, match=rf"{name}weight.*{name}weight"):
+        DeepseekV3ForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+def test_config_fields_given_as_keywords_apply_to_an_fp8_checkpoint():
+    model = DeepseekV3ForCausalLM.from_pretrained(FP8, num_nextn_predict_layers=0, dtype=torch.float32)
+    assert model.dtype == torch.float32
+    assert len(model.model.layers) == model.config.num_hidden_layers == 2
