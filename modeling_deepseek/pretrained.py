@@ -33,6 +33,19 @@ for _model_type in PREFIXES:
     register_checkpoint_conversion_mapping(_model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
+def require_config(path: str | os.PathLike, subfolder: str = "") -> None:
+    """transformers would go on with a default config, 671B parameters large, where a folder has none.
+
+    Raises:
+        OSError: for an existing folder with neither config.json nor adapter_config.json.
+    """
+    folder = os.path.join(path, subfolder)
+    if os.path.isdir(folder) and not any(
+        os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "adapter_config.json")
+    ):
+        raise OSError(f"{folder} has no config.json: give the folder of a checkpoint, or pass config=.")
+
+
 class DeepseekPreTrainedModel(PreTrainedModel):
     config: DeepseekConfig
     base_model_prefix = "model"
@@ -85,6 +98,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read."""
+        if config is None and pretrained_model_name_or_path is not None:
+            require_config(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         config = without_fp8(cls.config_class, pretrained_model_name_or_path, config, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
