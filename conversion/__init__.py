@@ -1,0 +1,1 @@
+"""Scripts over model folders and weights; `deepseek-convert` is their command line."""

@@ -1,0 +1,56 @@
+"""`deepseek-convert`: the command line over the functions of this package."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modeling_deepseek.conversion.add_code import add_code
+
+
+class Command(NamedTuple):
+    """A subcommand: `run` is called with one keyword argument per entry of `arguments`."""
+
+    help: str
+    arguments: dict[str, dict[str, Any]]  # argument name or flag -> keywords of `add_argument`
+    run: Callable[..., None]
+
+
+def run_add_code(folder: Path) -> None:
+    written = add_code(folder)
+    print(f"{folder}: wrote {', '.join(written)}" if written else f"{folder}: the code is there already")
+
+
+COMMANDS = {
+    "add-code": Command(
+        help="put the modeling code into a model folder, so that it loads with trust_remote_code=True",
+        arguments={"folder": {"type": Path, "help": "an official snapshot or a saved model"}},
+        run=run_add_code,
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="deepseek-convert", description="Work on folders of DeepSeek models.")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.help, description=command.help)
+        for argument, keywords in command.arguments.items():
+            sub.add_argument(argument, **keywords)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns the exit code: 0, or 2 after an error that the user can mend."""
+    arguments = vars(parser().parse_args(argv))
+    try:
+        COMMANDS[arguments.pop("command")].run(**arguments)
+    except (ValueError, OSError) as error:
+        print(f"deepseek-convert: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
