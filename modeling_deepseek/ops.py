@@ -1,7 +1,11 @@
 """The hot operations, each as a plain reference and as the form that is used."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
+
+UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
 def absorbed_attention_reference(
@@ -46,18 +50,40 @@ def absorbed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`absorbed_attention_reference`], with the heads folded into the query axis: the latent is read once for all of them."""
     batch, heads, length, _ = q_nope.shape
-    scores = torch.baddbmm(
-        torch.bmm(q_rope.reshape(batch, heads * length, -1), k_rope.transpose(1, 2)),
-        _per_head(q_nope, w_uk).reshape(batch, heads * length, -1),
-        latent.transpose(1, 2),
-        beta=scaling,
-        alpha=scaling,
-    )
-    probs = _masked_softmax(scores.view(batch, heads, length, -1), mask).to(q_nope.dtype)
+    dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
+    if not _has_fast_gemm(latent.device.type, dtype):
+        compute, block = torch.float32, UPCAST_BLOCK
+    q_latent = _per_head(q_nope.to(compute), w_uk.to(compute)).reshape(batch, heads * length, -1)
+    q_rope = q_rope.to(compute).reshape(batch, heads * length, -1)
+    scores = [
+        torch.baddbmm(
+            torch.bmm(q_rope, keys.to(compute).transpose(1, 2)),
+            q_latent,
+            latents.to(compute).transpose(1, 2),
+            beta=scaling,
+            alpha=scaling,
+        )
+        for latents, keys in zip(latent.split(block, dim=1), k_rope.split(block, dim=1), strict=True)
+    ]
+    scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    probs = _masked_softmax(scores.view(batch, heads, length, -1), mask).to(compute)
     if dropout:
         probs = F.dropout(probs, p=dropout)
-    context = torch.bmm(probs.view(batch, heads * length, -1), latent).view(batch, heads, length, -1)
-    return _per_head(context, w_uv.transpose(1, 2)), probs
+    pieces = zip(probs.flatten(1, 2).split(block, dim=-1), latent.split(block, dim=1), strict=True)
+    context = sum(torch.bmm(piece, latents.to(compute)) for piece, latents in pieces).view(batch, heads, length, -1)
+    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
+
+
+@functools.cache
+def _has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products in `dtype` are worth running as they are.
+
+    A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
+    """
+    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

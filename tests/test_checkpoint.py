@@ -47,7 +47,8 @@ def warnings(monkeypatch):
 
 
 def test_layer_index_reads_names_with_and_without_prefix():
-    assert [layer_index(key) for key in ("model.layers.61.enorm.weight", "layers.4.mlp.gate.weight", "lm_head.weight")] == [61, 4, -1]
+    keys = ("model.layers.61.enorm.weight", "layers.4.mlp.gate.weight", "lm_head.weight")
+    assert [layer_index(key) for key in keys] == [61, 4, -1]
 
 
 def test_a_missing_backbone_tensor_is_named_in_a_warning(tmp_path, tensors, warnings):
@@ -86,7 +87,9 @@ def test_a_check_of_v3s_46_thousand_tensors_takes_headers_only():
         n_routed_experts, hidden_size, moe_intermediate_size = 256, 7168, 2048
 
     shapes = {
-        f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj.weight": (7168, 2048) if kind == "down" else (2048, 7168)
+        f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj.weight": (7168, 2048)
+        if kind == "down"
+        else (2048, 7168)
         for layer in range(3, 62)
         for expert in range(256)
         for kind in ("gate", "up", "down")

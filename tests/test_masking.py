@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_config
 from torch.nn.attention.flex_attention import create_block_mask
 
 from modeling_deepseek import LatentCache
 from modeling_deepseek.masking import dense_mask, document_starts, packed_causal_mask
+from tiny import tiny_config
 
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
 
@@ -35,7 +35,9 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way(held, implementation):
     cache = LatentCache(config)
     if held:
         for layer in range(config.num_hidden_layers):
-            cache.update(torch.zeros(2, 1, held, config.kv_lora_rank), torch.zeros(2, 1, held, config.qk_rope_head_dim), layer)
+            cache.update(
+                torch.zeros(2, 1, held, config.kv_lora_rank), torch.zeros(2, 1, held, config.qk_rope_head_dim), layer
+            )
     positions = torch.tensor([[0, 1, 2, 0], [0, 0, 1, 2]]) + torch.tensor([[held, held, held, 0], [held, 0, 0, 0]])
     mask = packed_causal_mask(config, torch.zeros(2, 4, 8), None, positions, cache)
     allowed = mask if mask.dtype == torch.bool else mask == 0
@@ -48,7 +50,9 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way(held, implementation):
 def test_an_attention_mask_switches_the_search_for_documents_off():
     config = tiny_config("v3")
     config._attn_implementation = "eager"
-    mask = packed_causal_mask(config, torch.zeros(1, 4, 8), torch.ones(1, 4), torch.tensor([[0, 1, 0, 1]]), LatentCache(config))
+    mask = packed_causal_mask(
+        config, torch.zeros(1, 4, 8), torch.ones(1, 4), torch.tensor([[0, 1, 0, 1]]), LatentCache(config)
+    )
     assert torch.equal(mask[0, 0] == 0, CAUSAL[:4, :4])
 
 
