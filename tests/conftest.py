@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny, and pytest-xdist runs one worker per core
+
 
 @pytest.fixture(autouse=True)
 def seeded():
