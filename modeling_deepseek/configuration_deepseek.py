@@ -62,7 +62,7 @@ class DeepseekConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "mtp_loss", "mtp_logits"]
     attribute_map = {
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",
@@ -138,8 +138,8 @@ class DeepseekConfig(PreTrainedConfig):
 
     @property
     def scales_normalized_gates(self) -> bool:
-        """Whether `routed_scaling_factor` also multiplies gates that `norm_topk_prob` normalised: V3 yes, V2 and before no."""
-        return self.scoring_func == "sigmoid"
+        """Whether `routed_scaling_factor` also multiplies gates that `norm_topk_prob` normalised: V3 and its `noaux_tc` yes."""
+        return self.topk_method == "noaux_tc"
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (MTP layers count on behind the main ones) has routed experts."""
@@ -294,6 +294,10 @@ class DeepseekV3Config(DeepseekV2Config):
     routed_scaling_factor: float | int = 2.5
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
+
+    @property
+    def scales_normalized_gates(self) -> bool:
+        return True
 
 
 __all__ = ["DeepseekConfig", "DeepseekV2Config", "DeepseekV3Config"]

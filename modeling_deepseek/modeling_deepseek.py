@@ -199,8 +199,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, keep, :])
+        logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
 
         loss = lm_loss = mtp_loss = mtp_logits = None
         if labels is not None:
@@ -343,6 +342,21 @@ class DeepseekV3ForTokenClassification(DeepseekV3PreTrainedModel, DeepseekForTok
 
 class DeepseekV3ForQuestionAnswering(DeepseekV3PreTrainedModel, DeepseekForQuestionAnswering):
     _model_class = DeepseekV3Model
+
+
+def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states `[B, S, d]` to compute logits of.
+
+    `logits_to_keep`: the last so many (0: all), or a tensor: indices for all rows `[K]` or for each row `[B, K]`, or a boolean
+    mask `[B, S]`, which gives `[kept, d]`.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool and logits_to_keep.ndim == 2:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep.unsqueeze(-1), dim=1)
+    return hidden_states[:, logits_to_keep]
 
 
 def new_cache(config: DeepseekConfig) -> Cache:
