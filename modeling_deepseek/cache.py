@@ -17,17 +17,18 @@ class LatentLayer(DynamicLayer):
 
     def __init__(self, kv_lora_rank: int | None = None, qk_rope_head_dim: int | None = None, **kwargs):
         self._buffers: list[torch.Tensor | None] = [None, None]
-        self._length = 0
+        self._lengths = [0, 0]  # alike but between two assignments
+        self._in_graph = False  # autograd may hold the buffers
         self.dims = (kv_lora_rank, qk_rope_head_dim)
         super().__init__(**kwargs)
 
     def _view(self, which: int) -> torch.Tensor | None:
         buffer = self._buffers[which]
-        return None if buffer is None else buffer.narrow(-2, 0, min(self._length, buffer.shape[-2]))
+        return None if buffer is None else buffer.narrow(-2, 0, self._lengths[which])
 
     def _replace(self, which: int, value: torch.Tensor | None) -> None:
         self._buffers[which] = value
-        self._length = 0 if value is None else value.shape[-2]
+        self._lengths[which] = 0 if value is None else value.shape[-2]
 
     keys = property(lambda self: self._view(0), lambda self, value: self._replace(0, value))
     values = property(lambda self: self._view(1), lambda self, value: self._replace(1, value))
@@ -48,7 +49,7 @@ class LatentLayer(DynamicLayer):
         self._buffers = [
             states.new_empty((*states.shape[:-2], 0, states.shape[-1])) for states in (key_states, value_states)
         ]
-        self._length = 0
+        self._lengths, self._in_graph = [0, 0], False
         self.is_initialized = True
 
     def update(
@@ -59,7 +60,7 @@ class LatentLayer(DynamicLayer):
         Raises:
             ValueError: when the widths or the batch size are not those of the tokens already held.
         """
-        if not self.is_initialized or (self._length == 0 and self._differs(key_states)):
+        if not self.is_initialized or (self.get_seq_length() == 0 and self._differs(key_states)):
             self.lazy_initialization(key_states, value_states)
         for held, new in zip(self._buffers, (key_states, value_states), strict=True):
             if held.shape[:2] + held.shape[3:] != new.shape[:2] + new.shape[3:]:
@@ -67,21 +68,25 @@ class LatentLayer(DynamicLayer):
                     f"The cache holds latents of shape {tuple(held.shape[:2])} + (tokens, {held.shape[-1]}), got "
                     f"{tuple(new.shape)}: pass a cache of this model and this batch size, or a new one."
                 )
-        end = self._length + key_states.shape[-2]
-        if torch.is_grad_enabled() and (key_states.requires_grad or self._buffers[0].requires_grad):
-            # autograd keeps the tensors that attention read: they must not be written to again
-            appended = [
+        if torch.is_grad_enabled():
+            self.keys, self.values = (
                 torch.cat((view, new), dim=-2)
                 for view, new in zip((self.keys, self.values), (key_states, value_states), strict=True)
-            ]
-            self._buffers = appended
+            )
+            self._in_graph = True
         else:
-            if end > self._buffers[0].shape[-2]:
-                self._grow(end)
-            for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-                buffer.narrow(-2, self._length, new.shape[-2]).copy_(new)
-        self._length = end
+            self._append(key_states, value_states)
         return self.keys, self.values
+
+    def _append(self, *states: torch.Tensor) -> None:
+        """Writes behind the tokens held; into larger buffers when these are full, or not ours alone to write to."""
+        end = self.get_seq_length() + states[0].shape[-2]
+        locked = self._in_graph or (self._buffers[0].is_inference() and not torch.is_inference_mode_enabled())
+        if locked or end > self._buffers[0].shape[-2]:
+            self._grow(end)
+        for which, new in enumerate(states):
+            self._buffers[which].narrow(-2, self._lengths[which], new.shape[-2]).copy_(new)
+            self._lengths[which] = end
 
     def _differs(self, states: torch.Tensor) -> bool:
         held = self._buffers[0]
@@ -91,41 +96,40 @@ class LatentLayer(DynamicLayer):
         capacity = max(needed + MIN_SPARE, int(self._buffers[0].shape[-2] * GROWTH))
         for which, buffer in enumerate(self._buffers):
             larger = buffer.new_empty((*buffer.shape[:-2], capacity, buffer.shape[-1]))
-            larger.narrow(-2, 0, self._length).copy_(buffer.narrow(-2, 0, self._length))
+            larger.narrow(-2, 0, self._lengths[which]).copy_(self._view(which))
             self._buffers[which] = larger
+        self._in_graph = False
 
     def get_seq_length(self) -> int:
-        return self._length
+        return self._lengths[0]
 
     def reset(self) -> None:
-        self._length = 0
+        self._lengths = [0, 0]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last `-tokens_to_remove` tokens; a positive number is the length to keep, as in earlier transformers."""
-        if tokens_to_remove > 0:
-            self._length = min(self._length, tokens_to_remove)
-        else:
-            self._length = max(0, self._length + tokens_to_remove)
+        length = self.get_seq_length()
+        kept = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
+        self._lengths = [kept, kept]
 
     def _gather_rows(self, rows: torch.Tensor) -> None:
-        for which, view in enumerate((self.keys, self.values)):
-            buffer = self._buffers[which]
-            gathered = buffer.new_empty((rows.shape[0], *buffer.shape[1:]))
-            gathered.narrow(-2, 0, self._length).copy_(view.index_select(0, rows.to(view.device)))
+        for which, buffer in enumerate(self._buffers):
+            chosen = self._view(which)[rows.to(buffer.device)]
+            gathered = buffer.new_empty((chosen.shape[0], *buffer.shape[1:]))
+            gathered.narrow(-2, 0, self._lengths[which]).copy_(chosen)
             self._buffers[which] = gathered
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self._length > 0:
+        if self.get_seq_length() > 0:
             self._gather_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._length > 0:
+        if self.get_seq_length() > 0:
             self._gather_rows(torch.arange(self._buffers[0].shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self._length > 0:
-            rows = torch.as_tensor(indices)
-            self._gather_rows(rows.nonzero().flatten() if rows.dtype == torch.bool else rows)
+        if self.get_seq_length() > 0:
+            self._gather_rows(torch.as_tensor(indices))
 
 
 class LatentCache(DynamicCache):
@@ -153,6 +157,19 @@ class LatentCache(DynamicCache):
         dims = config.kv_lora_rank, config.qk_rope_head_dim
         layers = [LatentLayer(*dims) for _ in range(config.num_hidden_layers)]
         Cache.__init__(self, layers=layers, offloading=offloading, **kwargs)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Appends to layer `layer_idx`; see [`LatentLayer.update`].
+
+        Raises:
+            ValueError: for a layer that the config of this cache does not have.
+        """
+        if self.layer_class_to_replicate is None and layer_idx >= len(self.layers):
+            raise ValueError(
+                f"This LatentCache was built for {len(self.layers)} layers, and the model stores into layer {layer_idx}: build the "
+                "cache with the config of the model that uses it."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:

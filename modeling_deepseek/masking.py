@@ -38,12 +38,20 @@ def packed_causal_mask(
 
     Positions that restart begin a new document, which sees nothing before it. As in transformers this is looked for only when
     `position_ids` are given without an `attention_mask`.
+
+    Raises:
+        ValueError: for packed rows that flash attention would mix up.
     """
     other_documents = None
     if position_ids is not None and attention_mask is None and past_key_values is not None:
         past = past_key_values.get_seq_length()
         starts = document_starts(position_ids.expand(inputs_embeds.shape[0], -1), past)
         if starts is not None:
+            if "flash" in (config._attn_implementation or "") and (past or starts.shape[0] > 1):
+                raise ValueError(
+                    f"{config._attn_implementation} tells packed documents apart only in a single row on an empty cache, got "
+                    f"{starts.shape[0]} rows on {past} cached tokens: use attn_implementation='sdpa', or pack into one row."
+                )
 
             def other_documents(batch_idx, head_idx, q_idx, kv_idx):
                 return kv_idx >= starts[batch_idx, q_idx - past]

@@ -70,3 +70,16 @@ def test_a_padding_mask_joins_the_causal_one():
 def test_a_block_mask_is_written_out():
     block = create_block_mask(lambda b, h, q, k: q >= k, 1, None, 5, 5, device="cpu")
     assert torch.equal(dense_mask(block, 1, 5, 5, torch.device("cpu"))[0, 0], CAUSAL)
+
+
+@pytest.mark.parametrize(("rows", "held"), [(2, 0), (1, 3)])
+def test_packed_rows_that_flash_attention_would_mix_up_are_an_error(rows, held):
+    config = tiny_config("v3")
+    config._attn_implementation = "flash_attention_2"
+    cache = LatentCache(config)
+    if held:
+        cache.update(
+            torch.zeros(rows, 1, held, config.kv_lora_rank), torch.zeros(rows, 1, held, config.qk_rope_head_dim), 0
+        )
+    with pytest.raises(ValueError, match=f"{rows} rows on {held} cached tokens"):
+        packed_causal_mask(config, torch.zeros(rows, 4, 8), None, torch.tensor([[0, 1, 0, 1]]), cache)
