@@ -31,9 +31,13 @@ def eager_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
-    probs = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+        query.dtype
+    )
     probs = nn.functional.dropout(probs, p=dropout, training=module.training)
     return torch.matmul(probs, value).transpose(1, 2).contiguous(), probs
 
@@ -180,8 +184,10 @@ class DeepseekLatentAttention(DeepseekAttention):
         self, q_nope, q_rope, latent, k_rope, attention_mask
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over the latents themselves -> `[B, S, H * v]`, and the weights `[B, H, S, T]` where "eager" returns them."""
-        weight = self.kv_b_weight(latent).unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        w_uk, w_uv = weight.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        weight, bias = self.kv_b_weight(latent)
+        w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
+        from_start = self.config._attn_implementation == "sdpa"
         output, probs = absorbed_attention(
             q_nope,
             q_rope,
@@ -190,11 +196,18 @@ class DeepseekLatentAttention(DeepseekAttention):
             w_uk,
             w_uv,
             self.scaling,
-            mask=dense_mask(attention_mask, q_nope.shape[0], q_nope.shape[2], latent.shape[2], latent.device),
+            mask=dense_mask(attention_mask, batch, queries, keys, latent.device, from_start),
             dropout=self.attention_dropout if self.training else 0.0,
         )
+        if bias is not None:
+            # the keys' part shifts all scores of a query alike, the values' part meets weights that sum to 1
+            output = output + self.per_head(bias)[:, None, self.qk_nope_head_dim :]
         eager = self.config._attn_implementation in (None, "eager")
         return output.transpose(1, 2).flatten(2), probs if eager else None
+
+    def per_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of `kv_b_proj` `[H * (n + v), ...]` -> `[H, n + v, ...]`."""
+        return rows.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
 
     def _plain_kv_b(self) -> bool:
         """Whether `kv_b_proj.weight` is all there is to it: no adapter, quantisation, sharding, offloading or hook."""
@@ -209,9 +222,10 @@ class DeepseekLatentAttention(DeepseekAttention):
             and not module._forward_pre_hooks
         )
 
-    def kv_b_weight(self, like: torch.Tensor) -> torch.Tensor:
-        """The matrix `[H * (n + v), c]` that `kv_b_proj` applies: its weight, or what it answers to the `c` unit vectors."""
+    def kv_b_weight(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Matrix `[H * (n + v), c]` and bias that `kv_b_proj` applies: its weight, or what it answers to unit vectors and 0."""
         if self._plain_kv_b():
-            return self.kv_b_proj.weight.to(like.dtype)
-        units = torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)
-        return self.kv_b_proj(units.unsqueeze(0)).squeeze(0).transpose(0, 1)
+            return self.kv_b_proj.weight.to(like.dtype), None
+        units = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, dtype=like.dtype, device=like.device)
+        *rows, bias = self.kv_b_proj(units.unsqueeze(0)).squeeze(0)
+        return (torch.stack(rows) - bias).transpose(0, 1), bias

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SCORING_FUNCS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
@@ -83,7 +84,7 @@ class DeepseekConfig(PreTrainedConfig):
     vocab_size: int = 102400
     hidden_size: int = 4096
     intermediate_size: int = 11008
-    moe_intermediate_size: int = 1407
+    moe_intermediate_size: int = 1408
     num_hidden_layers: int = 30
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
@@ -123,6 +124,9 @@ class DeepseekConfig(PreTrainedConfig):
         if self.num_nextn_predict_layers is None:
             self.num_nextn_predict_layers = 0
         kwargs.pop("model_type", None)  # a DeepSeek-LLM folder says "llama": it is read as ours and saved as ours
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1.")
         self._set_head_dims(kwargs)
         super().__post_init__(**kwargs)
         self.validate_architecture()
@@ -151,6 +155,10 @@ class DeepseekConfig(PreTrainedConfig):
         """Raises `ValueError` for values that no DeepSeek model can have."""
         self._validate_heads()
         self._validate_yarn()
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in known:
+            raise ValueError(f"rope_type is {rope_type!r}: expected one of {', '.join(map(repr, known))}.")
         if self.num_nextn_predict_layers < 0:
             raise ValueError(
                 f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: it counts MTP layers, use 0 or more."
@@ -184,7 +192,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     def _validate_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group or 1
-        allowed, top_k = self.topk_group or groups, self.num_experts_per_tok
+        allowed, top_k = groups if self.topk_group is None else self.topk_group, self.num_experts_per_tok
         for name, value, known in (
             ("scoring_func", self.scoring_func, SCORING_FUNCS),
             ("topk_method", self.topk_method, TOPK_METHODS),

@@ -47,11 +47,8 @@ def packed_causal_mask(
         past = past_key_values.get_seq_length()
         starts = document_starts(position_ids.expand(inputs_embeds.shape[0], -1), past)
         if starts is not None:
-            if "flash" in (config._attn_implementation or "") and (past or starts.shape[0] > 1):
-                raise ValueError(
-                    f"{config._attn_implementation} tells packed documents apart only in a single row on an empty cache, got "
-                    f"{starts.shape[0]} rows on {past} cached tokens: use attn_implementation='sdpa', or pack into one row."
-                )
+            if "flash" in (config._attn_implementation or ""):
+                refuse_what_flash_mixes_up(config, starts.shape[0], past)
 
             def other_documents(batch_idx, head_idx, q_idx, kv_idx):
                 return kv_idx >= starts[batch_idx, q_idx - past]
@@ -66,11 +63,24 @@ def packed_causal_mask(
     )
 
 
-def dense_mask(attention_mask, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
+def refuse_what_flash_mixes_up(config: PreTrainedConfig, rows: int, past: int | torch.Tensor) -> None:
+    """Flash attention finds packed documents by itself, in the expanded form of a single row on an empty cache."""
+    absorbed = getattr(config, "mla_mode", "auto") == "absorbed"
+    if past or rows > 1 or absorbed:
+        raise ValueError(
+            f"{config._attn_implementation} tells packed documents apart only in a single row on an empty cache, expanded; got "
+            f"{rows} rows on {past} cached tokens{', mla_mode absorbed' if absorbed else ''}: use attn_implementation='sdpa'."
+        )
+
+
+def dense_mask(
+    attention_mask, batch: int, queries: int, keys: int, device: torch.device, from_start: bool = False
+) -> torch.Tensor | None:
     """Any mask that transformers prepares, as one that broadcasts to `[B, H, S, T]`; `None` where all is seen.
 
     "eager" and "sdpa" give a 4-D one (or `None`: causal), "flash_attention_2" a padding mask `[B, T]`, "flex_attention" a
-    block mask.
+    block mask. `from_start`: a missing mask means that the queries are the first of the keys, as for torch's SDPA (a prefill into
+    a static cache has more keys than tokens), instead of the last.
     """
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         return create_mask(attention_mask.mask_mod, batch, 1, queries, keys, device=device)
@@ -78,7 +88,8 @@ def dense_mask(attention_mask, batch: int, queries: int, keys: int, device: torc
         return attention_mask[..., :keys]
     causal = None
     if queries > 1:
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+        diagonal = 0 if from_start and attention_mask is None else keys - queries
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(diagonal)[None, None]
     if attention_mask is None:
         return causal
     padding = attention_mask[:, None, None, :keys].bool()

@@ -90,7 +90,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             past_key_values = new_cache(self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if isinstance(past, int):
-            self._warn_beyond_positions(past + inputs_embeds.shape[1])
+            self._warn_beyond_positions(past + inputs_embeds.shape[1], position_ids)
 
         causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
@@ -146,11 +146,12 @@ class DeepseekModel(DeepseekPreTrainedModel):
             depths.append(hidden_states)
         return depths
 
-    def _warn_beyond_positions(self, length: int) -> None:
-        if length > self.config.max_position_embeddings:
+    def _warn_beyond_positions(self, length: int, position_ids: torch.Tensor | None) -> None:
+        limit = self.config.max_position_embeddings
+        if length > limit and (position_ids is None or position_ids.max() >= limit):
             logger.warning_once(
-                f"The sequence has {length} tokens and the model was made for max_position_embeddings="
-                f"{self.config.max_position_embeddings}: what it says beyond is unreliable."
+                f"The sequence is longer than max_position_embeddings={limit}, which the model was made for: what it says beyond "
+                "is unreliable."
             )
 
 

@@ -1,10 +1,14 @@
 """The hot operations, each as a plain reference and as the form that is used."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
+    dtype
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    if not (_ONEDNN and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+}
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -74,16 +78,12 @@ def absorbed_attention(
     return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
 
 
-@functools.cache
 def _has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
     """Whether matrix products in `dtype` are worth running as they are.
 
     A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
     """
-    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return True
-    name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    return device != "cpu" or dtype not in SLOW_ON_CPU
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -95,9 +95,9 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the last dimension in fp32. A row that sees nothing (a padded query) is spread evenly, never NaN."""
-    scores = scores.float()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
-        scores = scores + mask.float()
+        scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)

@@ -1,5 +1,7 @@
 """Routing: scores, group limits, expert choice and gates; and the module that holds the router's weight and bias."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,12 +75,21 @@ class DeepseekTopkRouter(nn.Module):
         self.scales_normalized_gates = config.scales_normalized_gates
         self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: torch.Tensor | None
-        bias = torch.zeros(self.num_experts) if self.topk_method == "noaux_tc" else None
+        bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, and stays in fp32 when this is cast."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        with torch.autocast(tokens.device.type, enabled=False):
+        device = tokens.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             router_logits = F.linear(tokens.float(), self.weight.float())
             scores = router_scores(router_logits, self.scoring_func)
         chosen = choose_experts(

@@ -61,6 +61,10 @@ def test_no_mask_means_causal_for_many_queries_and_everything_for_one():
     assert torch.equal(dense_mask(None, 1, 2, 5, torch.device("cpu"))[0, 0], CAUSAL[3:])
 
 
+def test_without_a_mask_sdpa_means_that_queries_are_the_first_keys():
+    assert torch.equal(dense_mask(None, 1, 2, 5, torch.device("cpu"), from_start=True)[0, 0], CAUSAL[:2])
+
+
 def test_a_padding_mask_joins_the_causal_one():
     padding = torch.tensor([[0, 1, 1, 1, 1]])
     expected = CAUSAL & padding.bool()

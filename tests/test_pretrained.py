@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from absent import without
 from safetensors.torch import load_file
-from tiny import tiny_config, tiny_model
 
 import modeling_deepseek
+from absent import without
 from modeling_deepseek.hub import AUTO_CLASSES, PREFIXES, auto_map_for, code_files, write_model_card
+from tiny import tiny_config, tiny_model
 
 FAMILIES = ["llm", "moe16b", "v2", "v3"]
 IDS = torch.arange(3, 20)[None]

@@ -1,0 +1,244 @@
+"""Absorbed attention: the form that is used, its reference and plain expanded attention are one function."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from modeling_deepseek import ops
+from modeling_deepseek.ops import absorbed_attention, absorbed_attention_reference
+
+
+class Sizes(NamedTuple):
+    """B, S queries, T keys, H heads, latent rank c, head sizes n, r, v."""
+
+    batch: int = 2
+    queries: int = 3
+    keys: int = 7
+    heads: int = 4
+    rank: int = 20
+    nope: int = 12
+    rope: int = 8
+    value: int = 10
+
+    def __str__(self) -> str:
+        return "B{}S{}T{}H{}c{}n{}r{}v{}".format(*self)
+
+
+TINY = Sizes()
+SIZES = pytest.mark.parametrize(
+    "sizes",
+    [TINY, TINY._replace(queries=1), TINY._replace(batch=1, queries=7), TINY._replace(heads=1, value=33)],
+    ids=str,
+)
+FORMS = pytest.mark.parametrize("form", [absorbed_attention, absorbed_attention_reference])
+
+
+def inputs(sizes: Sizes, dtype: torch.dtype = torch.double) -> list[torch.Tensor]:
+    """q_nope, q_rope, latent, k_rope, w_uk, w_uv."""
+    batch, queries, keys, heads, rank, nope, rope, value = sizes
+    shapes = (
+        (batch, heads, queries, nope),
+        (batch, heads, queries, rope),
+        (batch, keys, rank),
+        (batch, keys, rope),
+        (heads, nope, rank),
+        (heads, value, rank),
+    )
+    tensors = [torch.randn(shape, dtype=torch.double) for shape in shapes]
+    tensors[4] /= nope**0.5
+    tensors[5] /= rank**0.5
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def expanded_attention(q_nope, q_rope, latent, k_rope, w_uk, w_uv, scaling, visible=None):
+    """Multi-head attention over the keys and values that the latents stand for, one head at a time."""
+    outputs, weights = [], []
+    for head in range(q_nope.shape[1]):
+        key = torch.cat((latent @ w_uk[head].T, k_rope), dim=-1)
+        value = latent @ w_uv[head].T
+        query = torch.cat((q_nope[:, head], q_rope[:, head]), dim=-1)
+        scores = query @ key.transpose(1, 2) * scaling
+        if visible is not None:
+            scores = scores.masked_fill(~visible.expand(-1, q_nope.shape[1], -1, -1)[:, head], float("-inf"))
+        weights.append(scores.softmax(dim=-1))
+        outputs.append(weights[-1] @ value)
+    return torch.stack(outputs, dim=1), torch.stack(weights, dim=1)
+
+
+def causal(sizes: Sizes) -> torch.Tensor:
+    return torch.ones(sizes.queries, sizes.keys, dtype=torch.bool).tril(sizes.keys - sizes.queries)[None, None]
+
+
+def gradients(form, tensors, *args, **kwargs) -> tuple[torch.Tensor, ...]:
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    output, _ = form(*leaves, *args, **kwargs)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return torch.autograd.grad((output * weight).sum(), leaves)
+
+
+@FORMS
+@SIZES
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "causal"])
+def test_it_equals_expanded_attention_in_fp64(form, sizes, masked):
+    tensors, mask = inputs(sizes), causal(sizes) if masked else None
+    output, probs = form(*tensors, 0.3, mask)
+    expected, weights = expanded_attention(*tensors, 0.3, mask)
+    assert output.dtype == probs.dtype == torch.double
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(probs, weights, rtol=0, atol=1e-10)
+
+
+@FORMS
+@SIZES
+def test_its_gradients_equal_those_of_expanded_attention_in_fp64(form, sizes):
+    tensors, mask = inputs(sizes), causal(sizes)
+    expected = gradients(expanded_attention, tensors, 0.3, mask)
+    for ours, theirs in zip(gradients(form, tensors, 0.3, mask), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@FORMS
+@SIZES
+def test_it_equals_expanded_attention_in_fp32(form, sizes):
+    tensors, mask = inputs(sizes, torch.float32), causal(sizes)
+    output, probs = form(*tensors, 0.3, mask)
+    expected, weights = expanded_attention(*(tensor.double() for tensor in tensors), 0.3, mask)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(probs.double(), weights, rtol=0, atol=1e-6)
+
+
+@SIZES
+def test_its_gradients_equal_those_of_the_reference_in_fp32(sizes):
+    tensors, mask = inputs(sizes, torch.float32), causal(sizes)
+    expected = gradients(absorbed_attention_reference, tensors, 0.3, mask)
+    for ours, theirs in zip(gradients(absorbed_attention, tensors, 0.3, mask), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@FORMS
+@SIZES
+def test_bf16_stays_within_its_rounding_of_fp32(form, sizes):
+    tensors, mask = inputs(sizes, torch.bfloat16), causal(sizes)
+    output, probs = form(*tensors, 0.3, mask)
+    expected, weights = absorbed_attention_reference(*(tensor.float() for tensor in tensors), 0.3, mask)
+    assert output.dtype == probs.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(probs.float(), weights, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+@pytest.mark.parametrize("fast", [True, False], ids=["native products", "products in fp32 blocks"])
+def test_fp32_does_not_depend_on_how_the_processor_multiplies_bf16(fast, block, monkeypatch):
+    monkeypatch.setattr(ops, "_has_fast_gemm", lambda device, dtype: fast)
+    monkeypatch.setattr(ops, "UPCAST_BLOCK", block)
+    tensors, mask = inputs(TINY, torch.float32), causal(TINY)
+    for ours, theirs in zip(
+        absorbed_attention(*tensors, 0.3, mask), expanded_attention(*tensors, 0.3, mask), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    expected = gradients(expanded_attention, tensors, 0.3, mask)
+    for ours, theirs in zip(gradients(absorbed_attention, tensors, 0.3, mask), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_in_fp32_blocks_round_once_at_the_end(dtype, monkeypatch):
+    monkeypatch.setattr(ops, "_has_fast_gemm", lambda device, dtype: False)
+    monkeypatch.setattr(ops, "UPCAST_BLOCK", 3)
+    tensors, mask = inputs(TINY, dtype), causal(TINY)
+    output, probs = absorbed_attention(*tensors, 0.3, mask)
+    expected, weights = absorbed_attention_reference(*(tensor.float() for tensor in tensors), 0.3, mask)
+    torch.testing.assert_close(output, expected.to(dtype))
+    torch.testing.assert_close(probs, weights.to(dtype))
+
+
+@pytest.mark.parametrize("sizes", [Sizes(1, 2, 9, 128, 512, 128, 64, 128)], ids=str)
+def test_the_geometry_of_v3_equals_expanded_attention(sizes):
+    tensors, mask = inputs(sizes, torch.float32), causal(sizes)
+    output, probs = absorbed_attention(*tensors, 192**-0.5, mask)
+    expected, weights = expanded_attention(*tensors, 192**-0.5, mask)
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(probs, weights, rtol=0, atol=1e-5)
+
+
+@FORMS
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=lambda s: f"B{s[0]}H{s[1]}")
+@pytest.mark.parametrize("floor", [float("-inf"), torch.finfo(torch.float32).min], ids=["-inf", "min"])
+def test_a_boolean_mask_and_its_additive_form_mean_the_same(form, shape, floor):
+    tensors = inputs(TINY, torch.float32)
+    mask = torch.rand(*shape, TINY.queries, TINY.keys) > 0.4
+    mask[..., 0] = True
+    additive = torch.zeros(mask.shape).masked_fill(~mask, floor)
+    expected, weights = expanded_attention(*tensors, 0.3, mask.expand(TINY.batch, -1, -1, -1))
+    for given in (mask, additive):
+        output, probs = form(*tensors, 0.3, given)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(probs, weights)
+
+
+@FORMS
+def test_an_additive_mask_shifts_the_scores(form):
+    tensors, bias = inputs(TINY), torch.randn(1, 4, TINY.queries, TINY.keys, dtype=torch.double)
+    _, plain = form(*tensors, 0.3)
+    _, shifted = form(*tensors, 0.3, bias)
+    torch.testing.assert_close(shifted, (plain.log() + bias).softmax(dim=-1), rtol=0, atol=1e-6)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["boolean", "additive min", "additive -inf"])
+def test_rows_that_see_nothing_are_finite_and_leave_the_others_alone(form, kind, dtype):
+    tensors = inputs(TINY, dtype)
+    mask = torch.ones(2, 1, TINY.queries, TINY.keys, dtype=torch.bool)
+    mask[1, :, :2] = False
+    given = mask
+    if kind != "boolean":
+        floor = torch.finfo(dtype).min if "min" in kind else float("-inf")
+        given = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, floor)
+    output, probs = form(*tensors, 0.3, given)
+    assert output.isfinite().all()
+    assert probs.isfinite().all()
+    expected, _ = form(*tensors, 0.3)
+    assert torch.equal(output[0], expected[0])
+    assert torch.equal(output[1, :, 2], expected[1, :, 2])
+    assert all(gradient.isfinite().all() for gradient in gradients(form, tensors, 0.3, given))
+
+
+@FORMS
+def test_what_the_mask_hides_may_hold_anything(form):
+    tensors = inputs(TINY, torch.float32)
+    mask = torch.ones(1, 1, 1, TINY.keys, dtype=torch.bool)
+    mask[..., -2:] = False
+    expected, _ = form(*tensors, 0.3, mask)
+    tensors[2][:, -2:], tensors[3][:, -2:] = 1e4, -1e4
+    assert torch.equal(form(*tensors, 0.3, mask)[0], expected)
+
+
+@FORMS
+@pytest.mark.parametrize("scaling", [0.0, 0.114721, 3.0])
+def test_the_softmax_scale_multiplies_both_parts_of_the_score(form, scaling):
+    tensors = inputs(TINY)
+    output, probs = form(*tensors, scaling)
+    expected, weights = expanded_attention(*tensors, scaling)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(probs, weights, rtol=0, atol=1e-6)
+
+
+@FORMS
+def test_inputs_may_be_views_with_any_strides(form):
+    tensors = inputs(TINY)
+    strided = [torch.stack((tensor, tensor + 1), dim=-1)[..., 0] for tensor in tensors]
+    strided[0] = strided[0].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(form(*strided, 0.3)[0], form(*tensors, 0.3)[0])
+
+
+def test_no_dropout_is_exact_and_dropout_thins_the_weights():
+    tensors = inputs(TINY._replace(keys=400), torch.float32)
+    exact, kept = absorbed_attention(*tensors, 0.3)
+    again, _ = absorbed_attention(*tensors, 0.3, dropout=0.0)
+    assert torch.equal(exact, again)
+    _, thinned = absorbed_attention(*tensors, 0.3, dropout=0.25)
+    survivors = thinned != 0
+    assert survivors.float().mean().item() == pytest.approx(0.75, abs=0.03)
+    torch.testing.assert_close(thinned[survivors], kept[survivors] / 0.75)
