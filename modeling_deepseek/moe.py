@@ -1,5 +1,7 @@
 """The mixture of experts: routed experts with fused weights, and the block that adds the shared ones."""
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +29,29 @@ class DeepseekExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """`load_state_dict` takes per-expert keys as well, all of them or, from one shard of many, some: Trainer resumes so."""
+        per_expert = re.compile(re.escape(prefix) + r"(\d+)\.(gate|up|down)_proj\.weight")
+        found = {match.groups(): key for key in state_dict if (match := per_expert.fullmatch(key))}
+        kinds = ("gate", "up", "down")
+        if len(found) == len(kinds) * self.num_experts:
+            gate, up, down = (
+                torch.stack([state_dict.pop(found[str(expert), kind]) for expert in range(self.num_experts)])
+                for kind in kinds
+            )
+            state_dict[f"{prefix}gate_up_proj"], state_dict[f"{prefix}down_proj"] = torch.cat((gate, up), dim=1), down
+        for (expert, kind), key in found.items():
+            if key in state_dict:
+                self._weight_of(int(expert), kind).copy_(state_dict.pop(key))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _weight_of(self, expert: int, kind: str) -> torch.Tensor:
+        """The part of the fused weights that is `experts.<expert>.<kind>_proj.weight` on disk."""
+        if kind == "down":
+            return self.down_proj[expert]
+        return self.gate_up_proj[expert].chunk(2)[kind == "up"]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

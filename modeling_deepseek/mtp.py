@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .checkpoint import SHARED_MTP_WEIGHTS
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
 
@@ -31,6 +32,12 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
         self.hnorm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekSharedHead(config)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """`load_state_dict` passes over the copies of embedding and head that a checkpoint has here."""
+        for name in SHARED_MTP_WEIGHTS:
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
         """`hidden_states` and the embeddings of the tokens after them, both `[B, S, d]` -> input of the output head `[B, S, d]`."""
