@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modeling_deepseek.hub import auto_map_for, code_files
+from modeling_deepseek.hub import auto_map_for, code_files, replace_files
 
 LLM_HINT = (
     " A DeepSeek-LLM folder loads with DeepseekForCausalLM.from_pretrained(folder); "
@@ -73,24 +73,3 @@ def entries_of_ours(config: dict[str, Any], folder: Path) -> dict[str, str]:
 
 def holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data
-
-
-def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write all `contents` (name -> bytes) beside their targets, then move them into place in order.
-
-    A full disk is met before the first target changes; a link is replaced, never written through.
-    """
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for name, data in contents.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            staged.append((temporary, folder / name))
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, target in staged:
-            os.replace(temporary, target)
-    finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)

@@ -165,6 +165,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         `c (n + v)` per new token, expanding the same per cached token. A `kv_b_proj` that is not a plain weight costs as much
         to read as `c` tokens to expand.
         """
+        if getattr(self.kv_b_proj, "_forward_pre_hooks_with_kwargs", None):
+            return False  # PEFT gives every row of a batch an adapter of its own: there is no one matrix
         if self.config.mla_mode != "auto":
             return self.config.mla_mode == "absorbed"
         if not has_cache or self.training or queries > ABSORBED_MAX_QUERIES:

@@ -81,7 +81,9 @@ class LatentLayer(DynamicLayer):
     def _append(self, *states: torch.Tensor) -> None:
         """Writes behind the tokens held; into larger buffers when these are full, or not ours alone to write to."""
         end = self.get_seq_length() + states[0].shape[-2]
-        locked = self._in_graph or (self._buffers[0].is_inference() and not torch.is_inference_mode_enabled())
+        locked = self._in_graph
+        if not torch.compiler.is_compiling():  # which cannot trace the question
+            locked |= self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
         if locked or end > self._buffers[0].shape[-2]:
             self._grow(end)
         for which, new in enumerate(states):
@@ -157,6 +159,14 @@ class LatentCache(DynamicCache):
         dims = config.kv_lora_rank, config.qk_rope_head_dim
         layers = [LatentLayer(*dims) for _ in range(config.num_hidden_layers)]
         Cache.__init__(self, layers=layers, offloading=offloading, **kwargs)
+
+    def check_layers(self, expected: int) -> None:
+        """Raises `ValueError` unless the cache has `expected` layers, or makes them as they come."""
+        if self.layer_class_to_replicate is None and len(self.layers) != expected:
+            raise ValueError(
+                f"This LatentCache was built for {len(self.layers)} layers, and the model has {expected}: build the cache with the "
+                "config of the model that uses it."
+            )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Appends to layer `layer_idx`; see [`LatentLayer.update`].

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -41,8 +42,10 @@ def safetensors_shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_experts(config, num_layers: int, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_experts(config, num_layers: int, shapes: dict[str, tuple[int, ...]], ignore_sizes: bool = False) -> None:
     """Every MoE layer that a checkpoint holds must hold all its experts, each of the right shape, before they are fused.
+
+    With `ignore_sizes` the shapes are left to transformers, which initialises what does not fit.
 
     Raises:
         ValueError: naming the tensors that are missing, in excess or misshapen.
@@ -64,7 +67,7 @@ def check_experts(config, num_layers: int, shapes: dict[str, tuple[int, ...]]) -
         for (expert, kind), (key, shape) in tensors.items():
             if expert >= (config.n_routed_experts or 0):
                 problems.append(f"{key} exceeds n_routed_experts {config.n_routed_experts}")
-            elif shape != expected_shape[kind]:
+            elif shape != expected_shape[kind] and not ignore_sizes:
                 problems.append(f"{key} is {shape}, by the config {expected_shape[kind]}")
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
@@ -103,8 +106,9 @@ def drop_absent_mtp_layers(model: nn.Module, decoder: nn.Module, loading_info) -
     }
 
 
-def with_shared_mtp_weights(config, prefix: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` plus the copies of embedding and head that every MTP layer has on disk; `prefix` leads to the decoder."""
+def with_shared_mtp_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` plus the copies of embedding and head that every MTP layer has on disk."""
+    config, prefix = model.config, "" if model.base_model is model else f"{model.base_model_prefix}."
     sources = {"embed_tokens": f"{prefix}embed_tokens.weight", "lm_head": "lm_head.weight"}
     if config.tie_word_embeddings:
         sources["lm_head"] = sources["embed_tokens"]
@@ -113,6 +117,8 @@ def with_shared_mtp_weights(config, prefix: str, state_dict: dict[str, torch.Ten
     for layer in range(main, main + config.num_nextn_predict_layers):
         for name, source in SHARED_MTP_WEIGHTS.items():
             weight = state_dict.get(sources[source])
-            if weight is not None and weight.device.type != "meta":
+            if weight is not None and weight.device.type == "meta":
+                weight = load_offloaded_parameter(model, sources[source])
+            if weight is not None:
                 state_dict[f"{prefix}layers.{layer}.{name}"] = weight.clone()
     return state_dict

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SCORING_FUNCS = ("softmax", "sigmoid")
@@ -124,7 +125,8 @@ class DeepseekConfig(PreTrainedConfig):
         if self.num_nextn_predict_layers is None:
             self.num_nextn_predict_layers = 0
         kwargs.pop("model_type", None)  # a DeepSeek-LLM folder says "llama": it is read as ours and saved as ours
-        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        self.attention_dropout = self.attention_dropout or 0.0
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1.")
         self._set_head_dims(kwargs)
@@ -159,6 +161,12 @@ class DeepseekConfig(PreTrainedConfig):
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in known:
             raise ValueError(f"rope_type is {rope_type!r}: expected one of {', '.join(map(repr, known))}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r}: expected an activation of transformers, silu in all releases."
+            )
+        if (self.n_shared_experts or 0) < 0:
+            raise ValueError(f"n_shared_experts is {self.n_shared_experts}: use 0 or more.")
         if self.num_nextn_predict_layers < 0:
             raise ValueError(
                 f"num_nextn_predict_layers is {self.num_nextn_predict_layers}: it counts MTP layers, use 0 or more."
@@ -184,10 +192,14 @@ class DeepseekConfig(PreTrainedConfig):
         if rope.get("rope_type", rope.get("type")) != "yarn":
             return
         factor = rope.get("factor")
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor < 1:
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor >= 1:
             raise ValueError(
                 f"YaRN needs a `factor` (a number >= 1, 40 in the releases), got {factor!r} in rope_parameters / rope_scaling "
                 f"{rope}: set it, or remove the scaling."
+            )
+        if (rope.get("original_max_position_embeddings") or 0) < 1:
+            raise ValueError(
+                f"YaRN needs original_max_position_embeddings of at least 1 (4096 in the releases), got {rope}."
             )
 
     def _validate_routing(self) -> None:

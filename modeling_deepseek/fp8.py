@@ -1,7 +1,6 @@
 """Block-FP8 checkpoints (V3, R1, V3.1): exact dequantisation while loading, tensor by tensor, on any device."""
 
 import copy
-from dataclasses import fields
 
 import torch
 from safetensors import safe_open
@@ -11,6 +10,15 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# of `from_pretrained` that are no fields of a config, though some configs have an attribute of that name
+LOADING_ARGUMENTS = (
+    "attn_implementation",
+    "dtype",
+    "experts_implementation",
+    "torch_dtype",
+    "output_loading_info",
+    "device_map",
+)
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
 FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
@@ -93,10 +101,12 @@ def without_fp8(config_class, path, config, kwargs: dict):
             return config
         if "quantization_config" not in stored:
             return config
-        overrides = {field.name: kwargs.pop(field.name) for field in fields(config_class) if field.name in kwargs}
-        dtype = overrides.pop("dtype", None)
-        kwargs.update({} if dtype is None else {"dtype": dtype})
-        config = config_class.from_pretrained(path if config is None else config, **hub, **overrides)
+        kept = {name: kwargs.pop(name) for name in LOADING_ARGUMENTS if name in kwargs}
+        config, unused = config_class.from_pretrained(
+            path if config is None else config, return_unused_kwargs=True, **{**kwargs, **hub}
+        )
+        kwargs.clear()
+        kwargs.update({**unused, **kept, **hub})
     config = copy.deepcopy(config)
     block_size = _take_fp8_config(config)
     if block_size is not None:

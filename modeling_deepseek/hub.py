@@ -1,5 +1,6 @@
 """What travels beside the weights: the `auto_map`, the code files that it names, and a model card."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -53,15 +54,35 @@ def code_files() -> list[Path]:
 
 
 def write_model_card(folder: str | Path, model_type: str, repo_id: str | None = None) -> None:
-    """Writes `README.md` with metadata and a snippet that runs; a card that somebody wrote is left alone."""
+    """Writes `README.md` with metadata and a snippet that runs; a card that somebody wrote is left alone, whatever is in it."""
     path = Path(folder) / "README.md"
     tags = ["deepseek"]
     if path.exists():
-        card = ModelCard.load(path)
-        if PLACEHOLDER not in card.text:
+        if PLACEHOLDER not in path.read_text(encoding="utf-8", errors="replace"):
             return
-        tags += [tag for tag in card.data.tags or [] if tag not in tags]
+        tags += [tag for tag in ModelCard.load(path).data.tags or [] if tag not in tags]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
     repo_id = repo_id or str(folder)
     text = CARD.format(title=Path(repo_id).name, model_type=model_type, repo_id=repo_id)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
+    replace_files(Path(folder), {"README.md": f"---\n{data.to_yaml()}\n---\n{text}".encode()})
+
+
+def replace_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write all `contents` (name -> bytes) beside their targets, then move them into place in order.
+
+    A full disk is met before the first target changes; a link is replaced, never written through.
+    """
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for name, data in contents.items():
+            temporary = folder / f".{name}.{os.getpid()}.tmp"
+            staged.append((temporary, folder / name))
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, target in staged:
+            os.replace(temporary, target)
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)

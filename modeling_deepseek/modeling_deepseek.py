@@ -54,6 +54,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
     """The decoder. `layers` holds the `num_hidden_layers` main blocks and, behind them, the MTP blocks."""
 
     def __init__(self, config: DeepseekConfig):
+        if not hasattr(config, "is_moe_layer"):  # not by class: remote code has a copy of it
+            raise ValueError(
+                f"{type(self).__name__} was given a {type(config).__module__}.{type(config).__name__}: build the config with the "
+                f"{type(self).config_class.__name__} of this package."
+            )
         super().__init__(config)
         config.validate_architecture()
         self.padding_idx = config.pad_token_id
@@ -88,6 +93,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
+        if hasattr(past_key_values, "check_layers"):
+            past_key_values.check_layers(self.config.num_hidden_layers)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if isinstance(past, int):
             self._warn_beyond_positions(past + inputs_embeds.shape[1], position_ids)
@@ -228,16 +235,27 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             mtp_logits=mtp_logits if output_mtp_logits else None,
         )
 
-    def _mtp_loss(self, mtp_logits, labels, attention_mask, position_ids, **kwargs) -> tuple[torch.Tensor, ...]:
+    def _mtp_loss(
+        self, mtp_logits, labels, attention_mask, position_ids, shift_labels=None, num_items_in_batch=None, **kwargs
+    ) -> tuple[torch.Tensor, ...]:
+        """One loss per depth, over the targets that exist: none of padding, none in another packed document."""
         packed = None
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
         losses = []
         for depth, logits in enumerate(mtp_logits, start=1):
             targets = mtp_targets(labels, depth, packed)
+            if attention_mask is not None and attention_mask.ndim == 2:
+                targets = targets.masked_fill(attention_mask[:, : targets.shape[1]] == 0, -100)
+            items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             losses.append(
                 self.loss_function(
-                    logits=logits, labels=None, vocab_size=self.config.vocab_size, shift_labels=targets, **kwargs
+                    logits=logits,
+                    labels=None,
+                    vocab_size=self.config.vocab_size,
+                    shift_labels=targets,
+                    num_items_in_batch=items,
+                    **kwargs,
                 )
             )
         return tuple(losses)

@@ -31,11 +31,20 @@ class DeepseekExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     @torch.no_grad()
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """`load_state_dict` takes per-expert keys as well, all of them or, from one shard of many, some: Trainer resumes so."""
         per_expert = re.compile(re.escape(prefix) + r"(\d+)\.(gate|up|down)_proj\.weight")
         found = {match.groups(): key for key in state_dict if (match := per_expert.fullmatch(key))}
         kinds = ("gate", "up", "down")
+        for (expert, kind), key in list(found.items()):
+            expected = self._weight_of(int(expert), kind).shape if int(expert) < self.num_experts else None
+            if state_dict[key].shape != expected:
+                error_msgs.append(
+                    f"size mismatch for {key}: {tuple(state_dict.pop(key).shape)}, the model has {expected}."
+                )
+                del found[expert, kind]
         if len(found) == len(kinds) * self.num_experts:
             gate, up, down = (
                 torch.stack([state_dict.pop(found[str(expert), kind]) for expert in range(self.num_experts)])
@@ -45,7 +54,9 @@ class DeepseekExperts(nn.Module):
         for (expert, kind), key in found.items():
             if key in state_dict:
                 self._weight_of(int(expert), kind).copy_(state_dict.pop(key))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _weight_of(self, expert: int, kind: str) -> torch.Tensor:
         """The part of the fused weights that is `experts.<expert>.<kind>_proj.weight` on disk."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from .checkpoint import (
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder import DeepseekDecoderLayer
 from .fp8 import dequantized_state_dict, without_fp8
-from .hub import PREFIXES, auto_map_for, code_files, write_model_card
+from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
 from .moe import DeepseekExperts
 from .rope import DeepseekRotaryEmbedding
 from .router import DeepseekTopkRouter
@@ -66,7 +66,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "attentions": DeepseekAttention,
         "router_logits": OutputRecorder(DeepseekTopkRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["mlp.gate.weight", "e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _keys_to_ignore_on_load_unexpected = [rf"layers\.\d+\.{re.escape(name)}$" for name in SHARED_MTP_WEIGHTS]
 
     @torch.no_grad()
@@ -107,10 +107,17 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Looks at the headers first: a bad file or expert is named before anything is read."""
         block_size = model.config.__dict__.pop("_fp8_block_size", None)
-        if state_dict is None and checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            check_experts(model.config, len(model.base_model.layers), safetensors_shapes(checkpoint_files))
-            if block_size is not None:
-                state_dict = dequantized_state_dict(checkpoint_files, block_size, load_config.dtype)
+        files = (
+            checkpoint_files
+            if state_dict is None and str((checkpoint_files or [""])[0]).endswith(".safetensors")
+            else None
+        )
+        if files or state_dict is not None:
+            shapes = safetensors_shapes(files) if files else {name: tuple(x.shape) for name, x in state_dict.items()}
+            check_experts(model.config, len(model.base_model.layers), shapes, load_config.ignore_mismatched_sizes)
+        if files and block_size is not None:
+            # without the files, whose raw bytes would be taken for what is offloaded to disk
+            state_dict, checkpoint_files = dequantized_state_dict(files, block_size, load_config.dtype), None
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @staticmethod
@@ -131,17 +138,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         """As [`~transformers.PreTrainedModel.save_pretrained`], and beside the weights: the code that loads them with
         `trust_remote_code=True`, `auto_map`, and a model card if there is none. Tensors get their official keys."""
         if not getattr(self, "_hf_peft_config_loaded", False):
-            prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = with_shared_mtp_weights(self.config, prefix, state_dict)
-        model_type = type(self.config).model_type
-        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
-        if is_main_process and not os.path.isfile(save_directory):
-            os.makedirs(save_directory, exist_ok=True)
-            for file in code_files():
-                if file.parent.resolve() != os.path.realpath(save_directory):
-                    shutil.copyfile(file, os.path.join(save_directory, file.name))
-            write_model_card(save_directory, model_type)
+            model_type = type(self.config).model_type
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
+            state_dict = with_shared_mtp_weights(self, self.state_dict() if state_dict is None else state_dict)
+            if is_main_process and not os.path.isfile(save_directory):
+                os.makedirs(save_directory, exist_ok=True)
+                replace_files(Path(save_directory), {file.name: file.read_bytes() for file in code_files()})
+                write_model_card(save_directory, model_type)
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:

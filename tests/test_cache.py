@@ -362,3 +362,12 @@ def test_steps_with_it_equal_a_model_without_cache(family, mode):
     with torch.no_grad():
         steps = [model(chunk, past_key_values=cache).logits for chunk in tokens.split((7, 1, 1, 3), dim=1)]
         torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_cache_of_another_number_of_layers_is_an_error_before_anything_is_written(layers):
+    model = tiny_model("v3")  # three layers
+    cache = LatentCache(tiny_config("v3", num_hidden_layers=layers))
+    with pytest.raises(ValueError, match=f"built for {layers} layers, and the model has 3"):
+        model(torch.arange(5, 9)[None], past_key_values=cache)
+    assert cache.get_seq_length() == 0

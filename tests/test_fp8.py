@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from modeling_deepseek.fp8 import dequantize
 
 FP8 = Path(__file__).parent / "goldens" / "b3_v3_fp8_576"
@@ -50,7 +50,8 @@ def test_loading_in_bf16_and_saving_is_the_official_cast_bit_by_bit(tmp_path):
     official = json.loads((FP8 / "golden" / "fp8_cast_bf16_sha256.json").read_text())
     assert saved.keys() == official.keys()
     for name, (dtype, shape, digest) in official.items():
-        tensor = saved[name].to(getattr(torch, dtype))  # the router is kept in fp32, official files have it in bf16
+        tensor = saved[name]
+        assert tensor.dtype == getattr(torch, dtype)
         assert list(tensor.shape) == shape
         assert sha256(tensor) == digest, name
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
@@ -93,3 +94,25 @@ def test_config_fields_given_as_keywords_apply_to_an_fp8_checkpoint():
     model = DeepseekV3ForCausalLM.from_pretrained(FP8, num_nextn_predict_layers=0, dtype=torch.float32)
     assert model.dtype == torch.float32
     assert len(model.model.layers) == model.config.num_hidden_layers == 2
+
+
+def test_an_fp8_checkpoint_that_is_offloaded_to_disk_is_dequantised_too(tmp_path):
+    ids = torch.arange(20)[None]
+    whole = DeepseekV3ForCausalLM.from_pretrained(FP8, dtype=torch.float32)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    offloaded = DeepseekV3ForCausalLM.from_pretrained(
+        FP8, dtype=torch.float32, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(offloaded(ids).logits, whole(ids).logits)
+    for model, name in ((offloaded, "offloaded"), (whole, "whole")):
+        model.save_pretrained(tmp_path / name)
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("offloaded", "whole"))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+def test_keywords_that_are_no_fields_of_the_config_work_on_an_fp8_checkpoint():
+    model = DeepseekV3ForSequenceClassification.from_pretrained(FP8, num_labels=5, attn_implementation="eager")
+    assert model.score.out_features == 5
+    assert model.config._attn_implementation == "eager"

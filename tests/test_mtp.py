@@ -185,3 +185,21 @@ def test_every_mtp_parameter_and_the_shared_ones_learn():
     tokens = tiny_tokens(model.config, 4, 30)
     model(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_the_loss_is_zero_and_not_nan_where_no_target_is_left():
+    model = tiny_model("v3", num_nextn_predict_layers=1).train()
+    ids = torch.tensor([[5, 6]])
+    output = model(ids, labels=ids)
+    assert output.mtp_loss[0].item() == 0
+    assert output.loss.isfinite()
+
+
+def test_padding_on_the_left_changes_no_loss():
+    model = tiny_model("v3", num_nextn_predict_layers=1).train()
+    ids = torch.arange(10, 18)[None]
+    padded, mask = torch.cat((torch.full((1, 3), 2), ids), dim=1), torch.tensor([[0] * 3 + [1] * 8])
+    labels = torch.cat((torch.full((1, 3), -100), ids), dim=1)
+    alone = model(ids, labels=ids, position_ids=torch.arange(8)[None])
+    together = model(padded, labels=labels, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    torch.testing.assert_close(together.mtp_loss[0], alone.mtp_loss[0], atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.deepseek_v3 import DeepseekV3Config as DeepseekV3NativeConfig
 
 import modeling_deepseek
 from absent import without
@@ -99,15 +100,13 @@ def test_a_task_head_leaves_mtp_layers_behind_and_the_config_alone(tmp_path):
     assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
 
 
-@pytest.mark.parametrize("family", ["v2", "v3"])
-def test_a_bf16_model_keeps_its_router_in_fp32(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path)
-    prefix = {"v2": "DeepseekV2", "v3": "DeepseekV3"}[family]
-    model = getattr(modeling_deepseek, f"{prefix}ForCausalLM").from_pretrained(tmp_path, dtype=torch.bfloat16)
-    kept = {name.rsplit(".", 2)[-1] for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
-    routers = [name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32]
-    assert routers and all(".mlp.gate." in name for name in routers)
-    assert kept <= {"weight", "e_score_correction_bias"}
+def test_a_bf16_model_keeps_its_router_bias_in_fp32(tmp_path):
+    tiny_model("v3").save_pretrained(tmp_path)
+    model = modeling_deepseek.DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in model.state_dict() if name.endswith("e_score_correction_bias")} != set()
+    # one dtype among parameters, which FSDP2 asks for
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,6 +148,29 @@ def test_a_card_that_somebody_wrote_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nMine.")
     write_model_card(tmp_path, "deepseek_v3", "me/model")
     assert (tmp_path / "README.md").read_text().endswith("Mine.")
+
+
+@pytest.mark.parametrize("card", [b"---\ntags: [\n---\n", b"---\nmodel-index: 3\n---\n", b"\xff\xfe"])
+def test_a_card_that_is_no_card_does_not_stop_a_model_from_being_saved(card, tmp_path):
+    (tmp_path / "README.md").write_bytes(card)
+    tiny_model("v2").save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == card
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_code_replaces_a_link_and_is_not_written_through_it(tmp_path):
+    (blob := tmp_path / "blob").write_text("official code")
+    (folder := tmp_path / "snapshot").mkdir()
+    (folder / "attention.py").symlink_to(blob)
+    tiny_model("v2").save_pretrained(folder)
+    assert blob.read_text() == "official code"
+    assert not (folder / "attention.py").is_symlink()
+
+
+def test_a_config_of_the_native_class_is_an_error():
+    native = DeepseekV3NativeConfig(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="build the config with the DeepseekV3Config of this package"):
+        modeling_deepseek.DeepseekV3ForCausalLM(native)
 
 
 @pytest.mark.parametrize("file", [path.name for path in code_files()])
