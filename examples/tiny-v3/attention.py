@@ -1,0 +1,233 @@
+"""Attention: multi-head latent attention (V2, V3) in its expanded and absorbed forms, and MHA / GQA (LLM, MoE-16B)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .layers import DeepseekRMSNorm
+from .masking import dense_mask
+from .ops import absorbed_attention
+from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
+
+ABSORBED_MAX_QUERIES = 128  # measured on CPU: absorbed wins up to 128 new tokens and loses from 256
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over `[B, H, S, D]` queries; returns `[B, S, H, v]` and the weights `[B, H, S, T]`."""
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    probs = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+        query.dtype
+    )
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    return torch.matmul(probs, value).transpose(1, 2).contiguous(), probs
+
+
+class DeepseekAttention(nn.Module):
+    """What both kinds share: the config, the softmax scale and the call of transformers' attention interface."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+
+    def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`query` `[B, H, S, D]`, `key` `[B, KV, T, D]`, `value` `[B, KV, T, v]` -> `[B, S, H * v]` and the weights, if any."""
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.flatten(2), weights
+
+
+class DeepseekMultiHeadAttention(DeepseekAttention):
+    """MHA and GQA with half-split RoPE, as in Llama."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_dim = config.head_dim
+        self.scaling = attention_softmax_scale(config.rope_parameters, self.head_dim)
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output), weights
+
+
+class DeepseekLatentAttention(DeepseekAttention):
+    """Multi-head latent attention (DeepSeek-V2 paper, section 2.1): the cache holds one latent and one rope key per token."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.scaling = attention_softmax_scale(config.rope_parameters, self.qk_head_dim)
+        self.rotate = rotate_interleaved if config.rope_interleave else rotate_halves
+
+        heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * self.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekRMSNorm(self.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q_nope, q_rope, latent, k_rope = self.project(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+        if self.use_absorbed(hidden_states.shape[1], latent.shape[2], past_key_values is not None):
+            output, weights = self.attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
+        else:
+            key, value = self.expand(latent, k_rope)
+            output, weights = self.attend(torch.cat((q_nope, q_rope), dim=-1), key, value, attention_mask, **kwargs)
+        return self.o_proj(output), weights
+
+    def project(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
+        """`[B, S, d]` -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`, latent `[B, 1, S, c]`, k_rope `[B, 1, S, r]`."""
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        return q_nope, self.rotate(q_rope, cos, sin), self.kv_a_layernorm(latent), self.rotate(k_rope, cos, sin)
+
+    def use_absorbed(self, queries: int, keys: int, has_cache: bool) -> bool:
+        """Whether `queries` new tokens against `keys` cached ones (the new ones included) run in latent space.
+
+        Counts multiply-adds per head: a query-key pair costs `2c + r` absorbed and `n + r + v` expanded; absorbing costs
+        `c (n + v)` per new token, expanding the same per cached token. A `kv_b_proj` that is not a plain weight costs as much
+        to read as `c` tokens to expand.
+        """
+        if getattr(self.kv_b_proj, "_forward_pre_hooks_with_kwargs", None):
+            return False  # PEFT gives every row of a batch an adapter of its own: there is no one matrix
+        if self.config.mla_mode != "auto":
+            return self.config.mla_mode == "absorbed"
+        if not has_cache or self.training or queries > ABSORBED_MAX_QUERIES:
+            return False
+        rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
+        up = rank * (self.qk_nope_head_dim + self.v_head_dim)
+        absorbed = queries * (keys * (2 * rank + rope) + up) + (0 if self._plain_kv_b() else rank * up)
+        return absorbed < queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
+
+    def expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`."""
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        k_nope, value = expanded.transpose(1, 2).split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        return torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1).to(k_nope.dtype)), dim=-1), value
+
+    def attend_absorbed(
+        self, q_nope, q_rope, latent, k_rope, attention_mask
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention over the latents themselves -> `[B, S, H * v]`, and the weights `[B, H, S, T]` where "eager" returns them."""
+        weight, bias = self.kv_b_weight(latent)
+        w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
+        from_start = self.config._attn_implementation == "sdpa"
+        output, probs = absorbed_attention(
+            q_nope,
+            q_rope,
+            latent.squeeze(1).to(q_nope.dtype),
+            k_rope.squeeze(1).to(q_rope.dtype),
+            w_uk,
+            w_uv,
+            self.scaling,
+            mask=dense_mask(attention_mask, batch, queries, keys, latent.device, from_start),
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        if bias is not None:
+            # the keys' part shifts all scores of a query alike, the values' part meets weights that sum to 1
+            output = output + self.per_head(bias)[:, None, self.qk_nope_head_dim :]
+        eager = self.config._attn_implementation in (None, "eager")
+        return output.transpose(1, 2).flatten(2), probs if eager else None
+
+    def per_head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of `kv_b_proj` `[H * (n + v), ...]` -> `[H, n + v, ...]`."""
+        return rows.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
+
+    def _plain_kv_b(self) -> bool:
+        """Whether `kv_b_proj.weight` is all there is to it: no adapter, quantisation, sharding, offloading or hook."""
+        module = self.kv_b_proj
+        return (
+            type(module) is nn.Linear
+            and type(module.weight) is nn.Parameter
+            and module.weight.is_floating_point()
+            and module.weight.device.type != "meta"
+            and "forward" not in vars(module)
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+        )
+
+    def kv_b_weight(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Matrix `[H * (n + v), c]` and bias that `kv_b_proj` applies: its weight, or what it answers to unit vectors and 0."""
+        if self._plain_kv_b():
+            return self.kv_b_proj.weight.to(like.dtype), None
+        units = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, dtype=like.dtype, device=like.device)
+        *rows, bias = self.kv_b_proj(units.unsqueeze(0)).squeeze(0)
+        return (torch.stack(rows) - bias).transpose(0, 1), bias

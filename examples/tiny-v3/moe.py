@@ -1,0 +1,108 @@
+"""The mixture of experts: routed experts with fused weights, and the block that adds the shared ones."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .layers import DeepseekMLP
+from .router import DeepseekTopkRouter
+
+
+@use_experts_implementation
+class DeepseekExperts(nn.Module):
+    """All routed experts of a layer: `gate_up_proj` `[E, 2I, d]` and `down_proj` `[E, d, I]`.
+
+    The forward below is the "eager" implementation; transformers puts another one in its place by
+    `config._experts_implementation`.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """`load_state_dict` takes per-expert keys as well, all of them or, from one shard of many, some: Trainer resumes so."""
+        per_expert = re.compile(re.escape(prefix) + r"(\d+)\.(gate|up|down)_proj\.weight")
+        found = {match.groups(): key for key in state_dict if (match := per_expert.fullmatch(key))}
+        kinds = ("gate", "up", "down")
+        for (expert, kind), key in list(found.items()):
+            expected = self._weight_of(int(expert), kind).shape if int(expert) < self.num_experts else None
+            if state_dict[key].shape != expected:
+                error_msgs.append(
+                    f"size mismatch for {key}: {tuple(state_dict.pop(key).shape)}, the model has {expected}."
+                )
+                del found[expert, kind]
+        if len(found) == len(kinds) * self.num_experts:
+            gate, up, down = (
+                torch.stack([state_dict.pop(found[str(expert), kind]) for expert in range(self.num_experts)])
+                for kind in kinds
+            )
+            state_dict[f"{prefix}gate_up_proj"], state_dict[f"{prefix}down_proj"] = torch.cat((gate, up), dim=1), down
+        for (expert, kind), key in found.items():
+            if key in state_dict:
+                self._weight_of(int(expert), kind).copy_(state_dict.pop(key))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _weight_of(self, expert: int, kind: str) -> torch.Tensor:
+        """The part of the fused weights that is `experts.<expert>.<kind>_proj.weight` on disk."""
+        if kind == "down":
+            return self.down_proj[expert]
+        return self.gate_up_proj[expert].chunk(2)[kind == "up"]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: tokens sorted by expert, one product per expert.
+
+        The weights are unbound once: indexing a 3-D parameter per expert makes the backward pass many times slower. An index
+        of `num_experts` (a token that expert parallelism serves elsewhere) adds nothing.
+        """
+        top_k = top_k_index.shape[-1]
+        experts, order = top_k_index.flatten().sort(stable=True)
+        tokens = order // top_k
+        gates = top_k_weights.flatten()[order].unsqueeze(-1)
+        counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+        output = torch.zeros_like(hidden_states)
+        start = 0
+        for gate_up, down, count in zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True):
+            if count:
+                rows = tokens[start : start + count]
+                hidden = self._apply_gate(F.linear(hidden_states[rows], gate_up))
+                expert_output = F.linear(hidden, down) * gates[start : start + count]
+                output.index_add_(0, rows, expert_output.to(output.dtype))
+                start += count
+        return output
+
+
+class DeepseekMoE(nn.Module):
+    """Shared experts plus the routed ones that the router chose (DeepSeekMoE paper, section 3): `[..., d] -> [..., d]`."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.experts = DeepseekExperts(config)
+        self.gate = DeepseekTopkRouter(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = DeepseekMLP(config.hidden_size, width, config.hidden_act, config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        _, gates, chosen = self.gate(hidden_states)
+        routed = self.experts(hidden_states.flatten(0, -2), chosen, gates).view_as(hidden_states)
+        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)

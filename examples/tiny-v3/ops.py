@@ -1,0 +1,103 @@
+"""The hot operations, each as a plain reference and as the form that is used."""
+
+import torch
+import torch.nn.functional as F
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
+    dtype
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    if not (_ONEDNN and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+}
+UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
+
+
+def absorbed_attention_reference(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in latent space, letter by letter (DeepSeek-V2 paper, section 2.1 and appendix C).
+
+    Args:
+        q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`: queries without and with (rotated) position.
+        latent `[B, T, c]`, k_rope `[B, T, r]`: cached latents after their norm, and rotated shared keys.
+        w_uk `[H, n, c]`, w_uv `[H, v, c]`: the key and value rows of `kv_b_proj`, per head.
+        scaling: softmax scale.
+        mask `[B or 1, H or 1, S, T]`: boolean (True attends) or additive; `None` lets every query see all T.
+
+    Returns:
+        outputs `[B, H, S, v]` and attention weights `[B, H, S, T]`, in the dtype of the queries.
+    """
+    q_latent = torch.einsum("bhsn,hnc->bhsc", q_nope, w_uk)
+    scores = torch.einsum("bhsc,btc->bhst", q_latent, latent) + torch.einsum("bhsr,btr->bhst", q_rope, k_rope)
+    probs = _masked_softmax(scores * scaling, mask).to(q_nope.dtype)
+    context = torch.einsum("bhst,btc->bhsc", probs, latent)
+    return torch.einsum("bhsc,hvc->bhsv", context, w_uv), probs
+
+
+def absorbed_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`absorbed_attention_reference`], with the heads folded into the query axis: the latent is read once for all of them."""
+    batch, heads, length, _ = q_nope.shape
+    dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
+    if not _has_fast_gemm(latent.device.type, dtype):
+        compute, block = torch.float32, UPCAST_BLOCK
+    q_latent = _per_head(q_nope.to(compute), w_uk.to(compute)).reshape(batch, heads * length, -1)
+    q_rope = q_rope.to(compute).reshape(batch, heads * length, -1)
+    scores = [
+        torch.baddbmm(
+            torch.bmm(q_rope, keys.to(compute).transpose(1, 2)),
+            q_latent,
+            latents.to(compute).transpose(1, 2),
+            beta=scaling,
+            alpha=scaling,
+        )
+        for latents, keys in zip(latent.split(block, dim=1), k_rope.split(block, dim=1), strict=True)
+    ]
+    scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    probs = _masked_softmax(scores.view(batch, heads, length, -1), mask).to(compute)
+    if dropout:
+        probs = F.dropout(probs, p=dropout)
+    pieces = zip(probs.flatten(1, 2).split(block, dim=-1), latent.split(block, dim=1), strict=True)
+    context = sum(torch.bmm(piece, latents.to(compute)) for piece, latents in pieces).view(batch, heads, length, -1)
+    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
+
+
+def _has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products in `dtype` are worth running as they are.
+
+    A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
+    """
+    return device != "cpu" or dtype not in SLOW_ON_CPU
+
+
+def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]`, one matrix product per head over all B * S rows."""
+    batch, heads, length, _ = x.shape
+    rows = torch.bmm(x.transpose(0, 1).reshape(heads, batch * length, -1), weight)
+    return rows.view(heads, batch, length, -1).transpose(0, 1)
+
+
+def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension in fp32. A row that sees nothing (a padded query) is spread evenly, never NaN."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)
