@@ -87,7 +87,9 @@ def measure(layers: int, context: int, dtype: torch.dtype, rounds: int) -> dict[
     embeds = torch.randn(1, 1, V2_LITE["hidden_size"], generator=torch.Generator().manual_seed(1)).to(dtype)
     outputs = {name: step(*entry, embeds)[1].float() for name, entry in entries.items()}  # also the warm-up
     error = (outputs["ours"] - outputs["native sdpa"]).abs().max() / outputs["native sdpa"].abs().max()
-    print(f"{str(dtype).removeprefix('torch.')}: largest difference to native, relative to its largest output: {error:.1e}")
+    print(
+        f"{str(dtype).removeprefix('torch.')}: largest difference to native, relative to its largest output: {error:.1e}"
+    )
     times = {name: [] for name in entries}
     for _ in range(rounds):
         for name, entry in entries.items():
@@ -112,7 +114,9 @@ def main() -> None:
         for model, seconds in times.items():
             ratios = [slow / fast for slow, fast in zip(seconds, times["ours"], strict=True)]
             row = [f"{1e3 * statistics.median(seconds):.1f} ({1e3 * min(seconds):.1f} - {1e3 * max(seconds):.1f})"]
-            row += [f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} - {max(ratios):.1f})" if model != "ours" else ""]
+            row += [
+                f"{statistics.median(ratios):.1f}x ({min(ratios):.1f} - {max(ratios):.1f})" if model != "ours" else ""
+            ]
             print(f"| {name} | {model} | {' | '.join(row)} |")
 
 
