@@ -67,7 +67,7 @@ def main() -> None:
         inputs = encode(tokenizer, args.prompt, args.chat).to(args.device)
         model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(f"--model {args.model}: {error}")
     model.to(args.device)
 
     start = time.perf_counter()

@@ -87,7 +87,7 @@ def test_chat_uses_the_template_of_the_tokenizer(quickstart, tmp_path):
     [
         (["--chat"], "--chat needs a chat template"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
-        (["--model", "no/such-folder"], "no/such-folder"),
+        (["--model", "no/such-model"], "--model no/such-model: "),
     ],
     ids=["chat without template", "unknown dtype", "unknown model"],
 )
