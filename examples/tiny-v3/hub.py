@@ -62,7 +62,7 @@ def write_model_card(folder: str | Path, model_type: str, repo_id: str | None = 
             return
         tags += [tag for tag in ModelCard.load(path).data.tags or [] if tag not in tags]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
-    repo_id = repo_id or str(folder)
+    repo_id = repo_id or Path(folder).resolve().name  # not the path: cards are published
     text = CARD.format(title=Path(repo_id).name, model_type=model_type, repo_id=repo_id)
     replace_files(Path(folder), {"README.md": f"---\n{data.to_yaml()}\n---\n{text}".encode()})
 
