@@ -124,6 +124,41 @@ def test_a_saved_model_has_exactly_the_official_tensors(cases, name, tmp_path):
         assert torch.equal(ours[key], tensor.float()), key
 
 
+# The official inference demo's names (its sharded dimension behind them) for ours.
+DEMO = {
+    "embed": ("embed_tokens", 0), "head": ("lm_head", 0), "norm": ("norm", None), "attn_norm": ("input_layernorm", None),
+    "ffn_norm": ("post_attention_layernorm", None), "wq_a": ("q_a_proj", None), "q_norm": ("q_a_layernorm", None),
+    "wq_b": ("q_b_proj", 0), "wkv_a": ("kv_a_proj_with_mqa", None), "kv_norm": ("kv_a_layernorm", None),
+    "wkv_b": ("kv_b_proj", 0), "wo": ("o_proj", 1), "gate": ("gate", None), "w1": ("gate_proj", 0), "w2": ("down_proj", 1),
+    "w3": ("up_proj", 0), "attn": ("self_attn", None), "ffn": ("mlp", None),
+}  # fmt: skip
+
+
+def from_demo(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of all ranks under their Hub names; routed experts lie whole on one rank each."""
+    tensors = {}
+    for key in sorted(set().union(*ranks)):
+        parts = [rank[key] for rank in ranks if key in rank]
+        *path, module, kind = key.split(".")
+        name, dim = DEMO[module]
+        whole = parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim=dim)
+        kind = "e_score_correction_bias" if kind == "bias" else kind
+        name = ".".join([*(DEMO.get(part, (part,))[0] for part in path), name, kind])
+        tensors[name if module == "head" else f"model.{name}"] = whole
+    return tensors
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@torch.no_grad()
+def test_the_demo_layout_holds_the_same_model(cases, ranks):
+    case = cases("a_v3_fp32")
+    folder = GOLDENS / "h_inference_demo" / f"mp{ranks}"
+    tensors = from_demo([load_file(folder / f"model{rank}-mp{ranks}.safetensors") for rank in range(ranks)])
+    model = type(case.model).from_pretrained(None, config=case.model.config, state_dict=tensors)
+    assert len(model.model.layers) == model.config.num_hidden_layers  # the demo has no MTP layer
+    case.close(model.eval()(case.golden["input_ids"]).logits, "logits")
+
+
 def test_unknown_fields_of_an_official_config_survive(cases, tmp_path):
     case = cases("a_v3_fp32")
     case.model.config.save_pretrained(tmp_path)
