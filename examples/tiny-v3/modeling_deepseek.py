@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -32,6 +31,7 @@ from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
+from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
 
@@ -144,7 +144,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 mask = mask[..., :length, :length] if mask.ndim == 4 else mask[:, :length]
             hidden_states = layer(
                 hidden_states,
-                inputs_embeds=embeds,
+                embeds,  # not by name, which reentrant checkpointing would not differentiate
                 position_embeddings=self.rotary_emb(embeds, position_ids[:, :length]),
                 attention_mask=packed_causal_mask(self.config, embeds, mask, position_ids[:, :length], None),
                 position_ids=position_ids[:, :length],
@@ -162,7 +162,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             )
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
     """The decoder with its language-model head, and the MTP loss of its extra layers in training."""
 
     _model_class = DeepseekModel
