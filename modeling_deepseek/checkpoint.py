@@ -88,14 +88,26 @@ def drop_absent_mtp_layers(model: nn.Module, decoder: nn.Module, loading_info) -
     """Turns off MTP layers that the config claims and the checkpoint lacks, with one warning: never random weights.
 
     Keys of MTP layers that the checkpoint holds and the config turned off are not reported as unexpected.
+
+    Raises:
+        ValueError: naming what is missing of an MTP layer that the checkpoint holds in part, or behind a missing one.
     """
-    main = model.config.num_hidden_layers
+    main, claimed = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
     absent = sorted(key for key in loading_info.missing_keys if layer_index(key) >= main)
     if absent:
+        expected = [key for key in model.state_dict() if layer_index(key) >= main]
+        present = {layer_index(key) for key in set(expected) - set(absent)}
         kept = min(map(layer_index, absent)) - main
+        if any(layer >= main + kept for layer in present):
+            needed = [key for key in absent if layer_index(key) <= max(present)]
+            more = f" (and {len(needed) - 8} more)" if len(needed) > 8 else ""
+            raise ValueError(
+                f"The checkpoint holds MTP layers in part; missing: {', '.join(needed[:8])}{more}. Complete it, or load it without "
+                f"them: num_nextn_predict_layers={kept}."
+            )
         logger.warning(
-            f"config.num_nextn_predict_layers is {model.config.num_nextn_predict_layers}, but the checkpoint lacks "
-            f"{len(absent)} tensors of its MTP layers ({absent[0]}, ...): loaded with {kept}."
+            f"config.num_nextn_predict_layers is {claimed}, but the checkpoint has none of the tensors of "
+            f"{claimed - kept} MTP layer(s) ({absent[0]}, ...): loaded with {kept}. add_mtp_layers makes new ones."
         )
         del decoder.layers[main + kept :]
         model.config.num_nextn_predict_layers = decoder.config.num_nextn_predict_layers = kept

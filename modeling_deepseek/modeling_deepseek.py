@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
@@ -195,7 +196,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         """Arguments as in every causal model of transformers, and `output_mtp_logits`.
 
         In training mode with `labels`, `loss = lm_loss + mtp_loss_weight / D * sum(mtp_loss)` over D MTP layers (DeepSeek-V3
-        report, equation 25); in eval mode `loss` is the next-token loss alone.
+        report, equation 25); in eval mode `loss` is the next-token loss alone, and `mtp_loss` is there with `output_mtp_logits`.
         """
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -218,9 +219,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if self.config.num_nextn_predict_layers and (weight or output_mtp_logits):
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids)
-            mtp_logits = tuple(map(self.lm_head, depths))
-            if weight and mtp_logits:
-                mtp_loss = self._mtp_loss(mtp_logits, labels, attention_mask, position_ids, **kwargs)
+            if output_mtp_logits:
+                mtp_logits = tuple(map(self.lm_head, depths))
+            if labels is not None:
+                mtp_loss = self._mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
+            if weight and mtp_loss:
                 loss = lm_loss + weight / self.config.num_nextn_predict_layers * sum(mtp_loss)
 
         return DeepseekCausalLMOutput(
@@ -232,33 +235,68 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             router_logits=outputs.router_logits,
             lm_loss=lm_loss,
             mtp_loss=mtp_loss,
-            mtp_logits=mtp_logits if output_mtp_logits else None,
+            mtp_logits=mtp_logits,
         )
 
     def _mtp_loss(
-        self, mtp_logits, labels, attention_mask, position_ids, shift_labels=None, num_items_in_batch=None, **kwargs
+        self,
+        depths,
+        mtp_logits,
+        labels,
+        attention_mask,
+        position_ids,
+        shift_labels=None,
+        num_items_in_batch=None,
+        **kwargs,
     ) -> tuple[torch.Tensor, ...]:
-        """One loss per depth, over the targets that exist: none of padding, none in another packed document."""
+        """One loss per depth, over the targets that exist: none of padding, none in another packed document.
+
+        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for live as long as their loss is
+        computed, and once more in the backward pass: of all depths, no two at a time.
+        """
         packed = None
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
+
+        def head_loss(states, targets, logits=None):
+            items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            return self.loss_function(
+                logits=self.lm_head(states) if logits is None else logits,
+                labels=None,
+                vocab_size=self.config.vocab_size,
+                shift_labels=targets,
+                num_items_in_batch=items,
+                **kwargs,
+            )
+
         losses = []
-        for depth, logits in enumerate(mtp_logits, start=1):
+        for depth, states in enumerate(depths, start=1):
             targets = mtp_targets(labels, depth, packed)
             if attention_mask is not None and attention_mask.ndim == 2:
                 targets = targets.masked_fill(attention_mask[:, : targets.shape[1]] == 0, -100)
-            items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            losses.append(
-                self.loss_function(
-                    logits=logits,
-                    labels=None,
-                    vocab_size=self.config.vocab_size,
-                    shift_labels=targets,
-                    num_items_in_batch=items,
-                    **kwargs,
-                )
-            )
+            if mtp_logits is not None:
+                losses.append(head_loss(states, targets, mtp_logits[depth - 1]))
+            else:
+                losses.append(checkpoint(head_loss, states, targets, use_reentrant=False, preserve_rng_state=False))
         return tuple(losses)
+
+    def add_mtp_layers(self, num_layers: int = 1) -> None:
+        """Appends `num_layers` freshly initialised MTP layers to a model that was trained without them, or with fewer.
+
+        To train these alone: `model.requires_grad_(False)`, then `model.model.layers[-num_layers:].requires_grad_(True)`.
+
+        Raises:
+            ValueError: when `num_layers` is no positive number.
+        """
+        if type(num_layers) is not int or num_layers < 1:
+            raise ValueError(f"num_layers is the number of MTP layers to add, at least 1, got {num_layers!r}.")
+        layers = self.model.layers
+        like = next(layers[-1].parameters())
+        for _ in range(num_layers):
+            layer = DeepseekMTPLayer(self.config, len(layers)).to(like.device, like.dtype).train(self.training)
+            layer.apply(self._init_weights)
+            layers.append(layer)
+        self.config.num_nextn_predict_layers += num_layers
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`."""

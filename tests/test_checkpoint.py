@@ -97,16 +97,28 @@ def test_a_check_of_v3s_46_thousand_tensors_takes_headers_only():
     check_experts(V3, 62, shapes)
 
 
-@pytest.mark.parametrize("lost", ["all", "one"])
-def test_mtp_layers_that_are_claimed_and_not_there_are_switched_off_with_one_warning(tmp_path, tensors, warnings, lost):
-    gone = [key for key in tensors if layer_index(key) == MTP]
-    for key in gone if lost == "all" else [f"model.layers.{MTP}.enorm.weight"]:
-        del tensors[key]
-    model, info = DeepseekV3ForCausalLM.from_pretrained(folder_with(tmp_path, tensors), output_loading_info=True)
+def test_mtp_layers_that_are_claimed_and_not_there_are_switched_off_with_one_warning(tmp_path, tensors, warnings):
+    kept = {key: tensor for key, tensor in tensors.items() if layer_index(key) != MTP}
+    model, info = DeepseekV3ForCausalLM.from_pretrained(folder_with(tmp_path, kept), output_loading_info=True)
     assert model.config.num_nextn_predict_layers == 0
     assert len(model.model.layers) == MTP
     assert not info["missing_keys"]
     assert len([message for message in warnings if "num_nextn_predict_layers" in message]) == 1
+
+
+@pytest.mark.parametrize("lost", ["enorm.weight", "mlp.gate.e_score_correction_bias", "self_attn.o_proj.weight"])
+def test_mtp_layers_that_are_there_in_part_are_an_error_that_names_what_is_missing(tmp_path, tensors, lost):
+    del tensors[f"model.layers.{MTP}.{lost}"]
+    folder = folder_with(tmp_path, tensors)
+    with pytest.raises(ValueError, match=f"in part; missing: model.layers.{MTP}.{lost}.*num_nextn_predict_layers=0"):
+        DeepseekV3ForCausalLM.from_pretrained(folder)
+    assert DeepseekV3ForCausalLM.from_pretrained(folder, num_nextn_predict_layers=0).num_parameters() > 0
+
+
+def test_an_mtp_layer_behind_one_that_is_missing_is_an_error(tmp_path, tensors):
+    moved = {key.replace(f"layers.{MTP}.", f"layers.{MTP + 1}."): tensor for key, tensor in tensors.items()}
+    with pytest.raises(ValueError, match=f"missing: model.layers.{MTP}.eh_proj.weight"):
+        DeepseekV3ForCausalLM.from_pretrained(folder_with(tmp_path, moved, num_nextn_predict_layers=2))
 
 
 def test_of_two_claimed_mtp_layers_the_one_that_is_there_is_kept(tmp_path, tensors):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek.mtp import DeepseekMTPLayer, mtp_targets
 from modeling_deepseek.rope import DeepseekRotaryEmbedding
@@ -203,3 +204,231 @@ def test_padding_on_the_left_changes_no_loss():
     alone = model(ids, labels=ids, position_ids=torch.arange(8)[None])
     together = model(padded, labels=labels, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     torch.testing.assert_close(together.mtp_loss[0], alone.mtp_loss[0], atol=1e-5, rtol=1e-5)
+
+
+# --- the loss, against plain positions of plain documents ---------------------------------------------------------------
+
+
+def documents(config, lengths=(9, 6, 4), seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels `[T]` of a few documents; a token here and there is not to be predicted."""
+    found = []
+    for length in lengths:
+        ids = tiny_tokens(config, 1, length, seed=seed + length)[0]
+        labels = ids.clone()
+        labels[[0, length // 2]] = -100  # the first is nobody's target
+        found.append((ids, labels))
+    return found
+
+
+def plain_loss(model, texts, weight: float) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Equations 21 to 25 of the report, position by position, each document alone: the whole loss, and that of each depth."""
+    decoder, depths = model.model, model.config.num_nextn_predict_layers
+    sums, counts = [0.0] * (depths + 1), [0] * (depths + 1)
+    for ids, labels in texts:
+        embeds, states = decoder.embed_tokens(ids)[None], decoder(ids[None], use_cache=False).last_hidden_state
+        for k in range(depths + 1):
+            if k:
+                width = len(ids) - k
+                places, mask = torch.arange(width)[None], torch.ones(width, width, dtype=torch.bool).tril()[None, None]
+                block = dict(position_embeddings=decoder.rotary_emb(embeds, places), attention_mask=mask)
+                layer = decoder.layers[model.config.num_hidden_layers + k - 1]
+                states = by_equation(layer, states[:, :-1], embeds[:, k:], block, swapped=False)
+            for i in range(len(ids) - k - 1):
+                label = labels[i + k + 1]
+                if label != -100:
+                    sums[k] = sums[k] - model.lm_head(states[0, i]).log_softmax(-1)[label]
+                    counts[k] += 1
+    losses = [total / count for total, count in zip(sums, counts, strict=True)]
+    return losses[0] + weight / depths * sum(losses[1:]), losses[1:]
+
+
+def padded_rows(texts, side: str) -> dict[str, torch.Tensor]:
+    width = max(len(ids) for ids, _ in texts)
+    pads = [(width - len(ids), 0) if side == "left" else (0, width - len(ids)) for ids, _ in texts]
+    rows = {
+        "input_ids": torch.stack([F.pad(ids, pad, value=2) for (ids, _), pad in zip(texts, pads, strict=True)]),
+        "labels": torch.stack([F.pad(labels, pad, value=-100) for (_, labels), pad in zip(texts, pads, strict=True)]),
+    }
+    mask = torch.stack([F.pad(torch.ones_like(ids), pad) for (ids, _), pad in zip(texts, pads, strict=True)])
+    return rows | dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+
+
+def packed_row(texts) -> dict[str, torch.Tensor]:
+    labels = torch.cat([labels for _, labels in texts])
+    places = torch.cat([torch.arange(len(ids)) for ids, _ in texts])
+    return dict(input_ids=torch.cat([ids for ids, _ in texts])[None], labels=labels[None], position_ids=places[None])
+
+
+LAYOUTS = {
+    "left padding": lambda texts: padded_rows(texts, "left"),
+    "right padding": lambda texts: padded_rows(texts, "right"),
+    "packed": packed_row,
+}
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(ours: dict, theirs: dict, atol: float = 2e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=1e-3, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("depths", [1, 2, 3])
+def test_loss_and_gradients_are_those_of_plain_positions(depths, layout):
+    model = tiny_model("v3", num_nextn_predict_layers=depths).train()
+    texts = documents(model.config)
+    expected, parts = plain_loss(model, texts, 0.3)
+    expected.backward()
+    theirs = gradients(model)
+    output = model(**LAYOUTS[layout](texts), use_cache=False)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(output.mtp_loss), torch.stack(parts), rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model), theirs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients(reentrant):
+    model = tiny_model("v3", num_nextn_predict_layers=2).train()
+    inputs = padded_rows(documents(model.config), "left")
+    plain = model(**inputs, use_cache=False).loss
+    plain.backward()
+    theirs = gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    again = model(**inputs, use_cache=False).loss
+    again.backward()
+    torch.testing.assert_close(again, plain)
+    assert_same_gradients(gradients(model), theirs, atol=1e-6)
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    model = tiny_model("v3", num_nextn_predict_layers=2).train()
+    inputs = padded_rows(documents(model.config, (9, 8, 7, 5)), "right")
+    items = (inputs["labels"][:, 1:] != -100).sum()
+    whole = model(**inputs, use_cache=False, num_items_in_batch=items)
+    whole.loss.backward()
+    theirs, total = gradients(model), 0
+    for half in (slice(0, 1), slice(1, 4)):
+        part = {name: tensor[half] for name, tensor in inputs.items()}
+        loss = model(**part, use_cache=False, num_items_in_batch=items).loss
+        loss.backward()
+        total += loss
+    torch.testing.assert_close(total, whole.loss)
+    assert_same_gradients(gradients(model), theirs)
+
+
+def test_adapters_on_the_mtp_layer_learn_from_its_loss():
+    config = LoraConfig(target_modules=["eh_proj", "q_b_proj", "o_proj"])
+    model = get_peft_model(tiny_model("v3", num_nextn_predict_layers=1), config).train()
+    inputs = padded_rows(documents(model.config), "left")
+    model(**inputs, use_cache=False).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert any(".layers.3.eh_proj.lora_B" in name for name in learning)
+    assert any(".layers.3.self_attn.o_proj.lora_B" in name for name in learning)
+    assert any(".layers.1.self_attn.o_proj.lora_B" in name for name in learning)
+    assert all("lora" in name for name in learning)
+
+
+def test_parts_are_reported_in_eval_mode_when_they_are_asked_for():
+    model = tiny_model("v3", num_nextn_predict_layers=2)
+    inputs = padded_rows(documents(model.config), "left")
+    asked, training = model(**inputs, output_mtp_logits=True), model.train()(**inputs)
+    torch.testing.assert_close(torch.stack(asked.mtp_loss), torch.stack(training.mtp_loss))
+    torch.testing.assert_close(asked.loss, training.lm_loss)
+    assert training.mtp_logits is None
+
+
+def test_a_weight_of_zero_costs_nothing(monkeypatch):
+    model = tiny_model("v3", num_nextn_predict_layers=1, mtp_loss_weight=0).train()
+    monkeypatch.setattr(DeepseekMTPLayer, "forward", None)
+    inputs = padded_rows(documents(model.config), "left")
+    output = model(**inputs)
+    assert output.loss is output.lm_loss
+    assert output.mtp_loss is None
+
+
+def test_the_weight_can_change_between_steps():
+    model = tiny_model("v3", num_nextn_predict_layers=1).train()
+    inputs = padded_rows(documents(model.config), "left")
+    for weight in (0.3, 0.1, 0):
+        model.config.mtp_loss_weight = weight
+        output = model(**inputs)
+        extra = weight * output.mtp_loss[0] if weight else 0
+        torch.testing.assert_close(output.loss, output.lm_loss + extra)
+
+
+def test_no_logits_of_an_mtp_depth_wait_for_the_backward_pass():
+    held = {}
+    for depths in (0, 3):
+        model = tiny_model("v3", num_nextn_predict_layers=depths).train()
+        inputs, kept = padded_rows(documents(model.config), "right"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.shape) or x, lambda x: x):
+            model(**inputs, use_cache=False)
+        rows = inputs["labels"].numel() // 2
+        held[depths] = sum(shape[-1:] == (97,) and shape.numel() > rows * 97 for shape in kept)
+    assert held[3] == held[0] > 0
+
+
+# --- layers for a model that has none -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["v3", "moe16b"])
+def test_added_layers_are_saved_loaded_and_draft(family, tmp_path):
+    model = tiny_model(family)
+    ids = tiny_tokens(model.config)
+    before = model(ids).logits
+    model.add_mtp_layers(2)
+    assert model.config.num_nextn_predict_layers == 2
+    assert torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for ours, theirs in zip(*(m(ids, output_mtp_logits=True).mtp_logits for m in (model, again)), strict=True):
+        assert torch.equal(ours, theirs)
+    options = dict(max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(ids, use_mtp=True, **options), model.generate(ids, **options))
+
+
+def test_added_layers_are_initialised_as_the_model_is_and_in_its_dtype():
+    model = tiny_model("v3", num_nextn_predict_layers=1).to(torch.bfloat16)
+    model.add_mtp_layers()
+    layer = model.model.layers[-1]
+    assert len(model.model.layers) == 5
+    assert layer.self_attn.layer_idx == 4
+    assert layer.eh_proj.weight.dtype == torch.bfloat16
+    assert layer.mlp.gate.e_score_correction_bias.dtype == torch.float32
+    assert layer.mlp.experts.down_proj.float().std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert (layer.shared_head.norm.weight == 1).all()
+
+
+def test_with_all_else_frozen_the_added_layers_alone_learn():
+    model = tiny_model("v3")
+    model.add_mtp_layers(1)
+    model.requires_grad_(False)
+    model.model.layers[-1:].requires_grad_(True)
+    inputs, losses = padded_rows(documents(model.config), "left"), []
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(15):
+        output = model.train()(**inputs)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.mtp_loss[0].item())
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if ".layers.3." in name}
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_a_number_of_layers_that_is_none_is_refused(number):
+    with pytest.raises(ValueError, match="num_layers is the number of MTP layers to add"):
+        tiny_model("v3").add_mtp_layers(number)

@@ -1,0 +1,93 @@
+"""Callbacks for `Trainer`. They find what they work on by what it can do, so that they serve models loaded as remote code too."""
+
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+
+class MTPLossWeightCallback(TrainerCallback):
+    """Steps `config.mtp_loss_weight` while `Trainer` runs; a resumed run has the weight of its place.
+
+    DeepSeek-V3 used 0.3 for the first 10 of its 14.8 trillion tokens and 0.1 for the rest (report, section 4.2):
+
+        MTPLossWeightCallback({0: 0.3, 10_000_000_000_000: 0.1}, unit="tokens")
+
+    Args:
+        weights: weight by the number of steps or tokens from which it holds; the first is 0.
+        unit: "steps" (of the optimiser) or "tokens", which Trainer counts under `include_num_input_tokens_seen`.
+
+    Raises:
+        ValueError: for weights that do not start at 0, are out of order or negative; for another unit; when training begins, for
+            a model without MTP layers and for tokens that are not counted.
+    """
+
+    def __init__(self, weights: dict[int, float], unit: str = "steps"):
+        if unit not in ("steps", "tokens"):
+            raise ValueError(f"unit is 'steps' or 'tokens', got {unit!r}.")
+        if next(iter(weights), None) != 0 or any(later <= earlier for earlier, later in pairwise(weights)):
+            raise ValueError(f"weights begin at 0 and go up, as in {{0: 0.3, 1000: 0.1}}; got {weights!r}.")
+        if not all(weight >= 0 for weight in weights.values()):
+            raise ValueError(f"The weight of a loss is not negative, got {weights!r}.")
+        self.weights, self.unit = weights, unit
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not getattr(model.config, "num_nextn_predict_layers", 0):
+            raise ValueError(
+                f"MTPLossWeightCallback: {type(model).__name__} has no MTP layers (config.num_nextn_predict_layers). Leave the "
+                "callback out, or add layers with model.add_mtp_layers()."
+            )
+        if self.unit == "tokens" and args.include_num_input_tokens_seen in (False, "no"):
+            raise ValueError(
+                "MTPLossWeightCallback(unit='tokens') reads the tokens that Trainer counts: set "
+                "TrainingArguments(include_num_input_tokens_seen='all'), or give steps."
+            )
+        self.on_step_begin(args, state, control, model=model)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        done = state.global_step if self.unit == "steps" else state.num_input_tokens_seen
+        model.config.mtp_loss_weight = [weight for start, weight in self.weights.items() if start <= done][-1]
+
+
+class LossPartsCallback(TrainerCallback):
+    """Logs what `loss` is made of beside it: `lm_loss`, and `mtp_loss` or one `mtp_loss_k` per depth.
+
+    They are means since the last log, over all ranks, on the scale of `loss`. Reporters of `report_to` hear of a log before the
+    callbacks that are passed to `Trainer`; to have the parts in them too, put this one first:
+    `trainer.callback_handler.callbacks.insert(0, LossPartsCallback())`.
+    """
+
+    def __init__(self):
+        self.sums, self.hook = None, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.sums = None
+        self.hook = model.register_forward_hook(self._add)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+    def _add(self, model: torch.nn.Module, _inputs: tuple, output) -> None:
+        if not model.training or getattr(output, "lm_loss", None) is None:
+            return
+        parts = torch.stack([output.loss, output.lm_loss, *(output.mtp_loss or ())]).detach().float()
+        if self.sums is not None and len(self.sums) != len(parts):  # a text shorter than the depths has fewer
+            parts = torch.nn.functional.pad(parts, (0, max(0, len(self.sums) - len(parts))))
+            self.sums = torch.nn.functional.pad(self.sums, (0, max(0, len(parts) - len(self.sums))))
+        self.sums = parts if self.sums is None else self.sums + parts
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.sums is None or "loss" not in logs:
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
+        total, lm_loss, *mtp_loss = self.sums.tolist()
+        # Trainer has averaged `loss` over steps, micro-batches and ranks in its own way: the parts follow in proportion
+        scale = logs["loss"] / total if total else 0.0
+        names = ["mtp_loss"] if len(mtp_loss) == 1 else [f"mtp_loss_{depth}" for depth in range(1, len(mtp_loss) + 1)]
+        parts = {"lm_loss": lm_loss * scale} | {name: x * scale for name, x in zip(names, mtp_loss, strict=True)}
+        logs.update(parts)
+        if state.log_history:
+            state.log_history[-1].update(parts)
+        self.sums = None
