@@ -1,10 +1,12 @@
 """Complete a prompt with a DeepSeek model, and see what its latent cache holds.
 
 python examples/quickstart.py
+python examples/quickstart.py --mtp
 python examples/quickstart.py --model deepseek-ai/DeepSeek-V2-Lite-Chat --chat --prompt "What is latent attention?"
 """
 
 import argparse
+import statistics
 import time
 from pathlib import Path
 
@@ -50,6 +52,27 @@ def report(model, cache, new_tokens: int, seconds: float) -> None:
     print(f"speed:                {new_tokens / seconds:.1f} tokens per second ({model.dtype}, {model.device})")
 
 
+def compare_mtp(model, inputs: BatchEncoding, max_new_tokens: int, rounds: int = 5) -> None:
+    """Decodes in turns without and with drafts of the MTP layers, as the model's generation config says."""
+    speeds, drafted, accepted = {False: [], True: []}, 0, 0
+    for seed in range(rounds):
+        for use_mtp, found in speeds.items():
+            set_seed(seed)
+            start = time.perf_counter()
+            output = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, use_mtp=use_mtp, return_dict_in_generate=True
+            )
+            new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+            found.append(new / (time.perf_counter() - start))
+        drafted, accepted = drafted + output.mtp_stats.drafted.sum(), accepted + output.mtp_stats.accepted.sum()
+    without, with_mtp = (statistics.median(found) for found in speeds.values())
+    ratio = statistics.median(fast / slow for slow, fast in zip(*speeds.values(), strict=True))
+    print(f"without MTP drafts:   {without:.1f} tokens per second")
+    print(
+        f"with MTP drafts:      {with_mtp:.1f} tokens per second, {ratio:.2f} times; {accepted / drafted:.0%} accepted"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Complete a prompt with a DeepSeek model.")
     parser.add_argument(
@@ -57,6 +80,7 @@ def main() -> None:
     )
     parser.add_argument("--prompt", default=PROMPT, help="text to complete")
     parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
+    parser.add_argument("--mtp", action="store_true", help="compare speed with and without drafts of the MTP layers")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: as stored")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -68,6 +92,8 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
     except (OSError, ValueError) as error:
         parser.error(f"--model {args.model}: {error}")
+    if args.mtp and not model.config.num_nextn_predict_layers:
+        parser.error(f"--mtp needs MTP layers, and {args.model} has none: leave --mtp out")
     model.to(args.device)
 
     start = time.perf_counter()
@@ -75,6 +101,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     print(tokenizer.decode(output.sequences[0], skip_special_tokens=True), end="\n\n")
     report(model, output.past_key_values, output.sequences.shape[1] - inputs["input_ids"].shape[1], seconds)
+    if args.mtp:
+        compare_mtp(model, inputs, args.max_new_tokens)
 
 
 if __name__ == "__main__":

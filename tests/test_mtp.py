@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
+from modeling_deepseek import modeling_deepseek as modeling
 from modeling_deepseek.mtp import DeepseekMTPLayer, mtp_targets
 from modeling_deepseek.rope import DeepseekRotaryEmbedding
 from tiny import randomize, tiny_config, tiny_model, tiny_tokens
@@ -376,6 +377,19 @@ def test_no_logits_of_an_mtp_depth_wait_for_the_backward_pass():
         rows = inputs["labels"].numel() // 2
         held[depths] = sum(shape[-1:] == (97,) and shape.numel() > rows * 97 for shape in kept)
     assert held[3] == held[0] > 0
+
+
+def test_a_text_in_several_pieces_has_the_loss_of_the_whole(monkeypatch):
+    model = tiny_model("v3", num_nextn_predict_layers=2).train()
+    inputs = padded_rows(documents(model.config), "right")
+    whole = model(**inputs, use_cache=False)
+    whole.loss.backward()
+    theirs = gradients(model)
+    monkeypatch.setattr(modeling, "MTP_LOSS_ROWS", 5)
+    pieces = model(**inputs, use_cache=False)
+    pieces.loss.backward()
+    torch.testing.assert_close(torch.stack(pieces.mtp_loss), torch.stack(whole.mtp_loss))
+    assert_same_gradients(gradients(model), theirs)
 
 
 # --- layers for a model that has none -----------------------------------------------------------------------------------

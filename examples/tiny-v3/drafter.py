@@ -30,14 +30,14 @@ class _Depth:
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """States for the head `[B, w, d]`; of what this appends to the cache, row r keeps `counts[r]`."""
-        width = embeds.shape[1]
+        config, cache, width = self.decoder.config, self.rows.cache, embeds.shape[1]
+        mask = packed_causal_mask(config, embeds, self.rows.mask(width), position_ids, cache)
         position_ids = self.rows.positions(width) if position_ids is None else position_ids
-        mask = self.rows.mask(width)
         states = self.layer(
             hidden_states,
             embeds,
             position_embeddings=self.decoder.rotary_emb(embeds, position_ids),
-            attention_mask=packed_causal_mask(self.decoder.config, embeds, mask, position_ids, self.rows.cache),
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=self,
             use_cache=True,

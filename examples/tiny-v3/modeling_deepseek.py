@@ -36,6 +36,8 @@ from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
 
+MTP_LOSS_ROWS = 512  # tokens whose MTP logits exist at a time: 0.26 GB in fp32 for DeepSeek-V3's vocabulary
+
 
 @dataclass
 class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
@@ -251,17 +253,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
     ) -> tuple[torch.Tensor, ...]:
         """One loss per depth, over the targets that exist: none of padding, none in another packed document.
 
-        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for live as long as their loss is
-        computed, and once more in the backward pass: of all depths, no two at a time.
+        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made for `MTP_LOSS_ROWS`
+        tokens at a time, once here and once more in the backward pass: the vocabulary is too wide to keep them.
         """
         packed = None
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
 
-        def head_loss(states, targets, logits=None):
-            items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        def rows_loss(logits, targets, items):
             return self.loss_function(
-                logits=self.lm_head(states) if logits is None else logits,
+                logits=logits,
                 labels=None,
                 vocab_size=self.config.vocab_size,
                 shift_labels=targets,
@@ -269,15 +270,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 **kwargs,
             )
 
+        def head_loss(states, targets, items):
+            return rows_loss(self.lm_head(states), targets, items)
+
         losses = []
         for depth, states in enumerate(depths, start=1):
             targets = mtp_targets(labels, depth, packed)
             if attention_mask is not None and attention_mask.ndim == 2:
                 targets = targets.masked_fill(attention_mask[:, : targets.shape[1]] == 0, -100)
+            items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             if mtp_logits is not None:
-                losses.append(head_loss(states, targets, mtp_logits[depth - 1]))
-            else:
-                losses.append(checkpoint(head_loss, states, targets, use_reentrant=False, preserve_rng_state=False))
+                losses.append(rows_loss(mtp_logits[depth - 1], targets, items))
+                continue
+            parts = zip(states.flatten(0, 1).split(MTP_LOSS_ROWS), targets.flatten().split(MTP_LOSS_ROWS), strict=True)
+            losses.append(
+                sum(
+                    checkpoint(head_loss, *part, items, use_reentrant=False, preserve_rng_state=False) for part in parts
+                )
+            )
         return tuple(losses)
 
     def add_mtp_layers(self, num_layers: int = 1) -> None:
