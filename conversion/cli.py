@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling_deepseek.conversion.add_code import add_code
+from modeling_deepseek.conversion.inspection import inspect, report
 
 
 class Command(NamedTuple):
@@ -22,11 +23,24 @@ def run_add_code(folder: Path) -> None:
     print(f"{folder}: wrote {', '.join(written)}" if written else f"{folder}: the code is there already")
 
 
+def run_inspect(source: str, context: int, batch: int) -> None:
+    print(report(inspect(source, context, batch)))
+
+
 COMMANDS = {
     "add-code": Command(
         help="put the modeling code into a model folder, so that it loads with trust_remote_code=True",
         arguments={"folder": {"type": Path, "help": "an official snapshot or a saved model"}},
         run=run_add_code,
+    ),
+    "inspect": Command(
+        help="say from the headers what a checkpoint holds, what it needs in memory, and which tensors it lacks",
+        arguments={
+            "source": {"help": "a folder, or the id of a model on the Hub"},
+            "--context": {"type": int, "default": 4096, "help": "tokens per sequence in the memory estimate (4096)"},
+            "--batch": {"type": int, "default": 1, "help": "sequences in the memory estimate (1)"},
+        },
+        run=run_inspect,
     ),
 }
 
