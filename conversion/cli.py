@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling_deepseek.conversion.add_code import add_code
-from modeling_deepseek.conversion.inspection import inspect, report
+from modeling_deepseek.conversion.inspection import inspect
+from modeling_deepseek.conversion.inspection import report as inspection_report
+from modeling_deepseek.conversion.verify import report as verification_report
+from modeling_deepseek.conversion.verify import verify
 
 
 class Command(NamedTuple):
-    """A subcommand: `run` is called with one keyword argument per entry of `arguments`."""
+    """A subcommand: `run` is called with one keyword argument per entry of `arguments`, and returns the exit code if not 0."""
 
     help: str
     arguments: dict[str, dict[str, Any]]  # argument name or flag -> keywords of `add_argument`
-    run: Callable[..., None]
+    run: Callable[..., int | None]
 
 
 def run_add_code(folder: Path) -> None:
@@ -24,7 +27,17 @@ def run_add_code(folder: Path) -> None:
 
 
 def run_inspect(source: str, context: int, batch: int) -> None:
-    print(report(inspect(source, context, batch)))
+    print(inspection_report(inspect(source, context, batch)))
+
+
+def run_verify(a: Path, b: Path, atol: float, logits: list[int] | None) -> int:
+    found = verify(a, b, atol, logits)
+    print(verification_report(found, str(a), str(b)))
+    return 0 if found.agrees else 1
+
+
+def token_ids(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
 
 
 COMMANDS = {
@@ -42,6 +55,20 @@ COMMANDS = {
         },
         run=run_inspect,
     ),
+    "verify": Command(
+        help="compare two checkpoints tensor by tensor, across layouts and FP8; exit code 1 when they differ",
+        arguments={
+            "a": {"type": Path, "help": "a checkpoint in the Hub layout or the inference demo's"},
+            "b": {"type": Path, "help": "another one"},
+            "--atol": {"type": float, "default": 0.0, "help": "how far apart two elements may be (0)"},
+            "--logits": {
+                "type": token_ids,
+                "metavar": '"ID ID ..."',
+                "help": "also run both models in fp32 on these token ids",
+            },
+        },
+        run=run_verify,
+    ),
 }
 
 
@@ -56,14 +83,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns the exit code: 0, or 2 after an error that the user can mend."""
+    """Run one subcommand. Returns the exit code: 0, what the command says, or 2 after an error that the user can mend."""
     arguments = vars(parser().parse_args(argv))
     try:
-        COMMANDS[arguments.pop("command")].run(**arguments)
+        return COMMANDS[arguments.pop("command")].run(**arguments) or 0
     except (ValueError, OSError) as error:
         print(f"deepseek-convert: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
