@@ -88,7 +88,7 @@ def verify(
     found.only_a, dropped_by_b = missing_from(second, first)
     found.only_b, dropped_by_a = missing_from(first, second)
     found.without_mtp = dropped_by_a + dropped_by_b
-    sizes = {name: first.nbytes[name] + second.nbytes[name] for name in common}
+    sizes = {name: first.headers[name].nbytes + second.headers[name].nbytes for name in common}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="verify") as bar:
         for name in common:
             if first.shapes[name] != second.shapes[name]:

@@ -66,7 +66,8 @@ class Weights:
         path: the folder.
         is_demo: whether it has the layout of the inference demo, `model{rank}-mp{ranks}.safetensors`.
         shapes: Hub name -> shape of the whole tensor. Scales are not among them: they belong to their weights.
-        nbytes: Hub name -> bytes of the whole tensor on disk, without scales.
+        headers: Hub name -> `Header` of the whole tensor as stored, scales too; in the demo layout `file` and `offset` are those
+            of its first rank.
         quantized: the names that are FP8 on disk.
 
     Raises:
@@ -84,23 +85,27 @@ class Weights:
         else:
             self._parts = {name: [header] for name, header in folder.tensors.items()}
             self._dims = dict.fromkeys(self._parts)
-        whole = {name: whole_header(name, parts, self._dims[name]) for name, parts in self._parts.items()}
+        self.headers = {name: whole_header(name, parts, self._dims[name]) for name, parts in self._parts.items()}
         self._block_size = fp8_block_size(folder.config, self.path)
-        self._scales = fp8_pairs(whole, self._block_size)
+        self._scales = fp8_pairs(self.headers, self._block_size)
         check_scales((scale, part) for scale in self._scales.values() for part in self._parts[scale])
         scales = set(self._scales.values())
-        self.shapes = {name: header.shape for name, header in whole.items() if name not in scales}
-        self.nbytes = {name: whole[name].nbytes for name in self.shapes}
+        self.shapes = {name: header.shape for name, header in self.headers.items() if name not in scales}
         self.quantized = set(self._scales)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`: FP8 is dequantised to fp32, anything else has the dtype that is stored."""
-        weight = self._read(name)
+        weight = self.read_stored(name)
         if name not in self._scales:
             return weight
-        return dequantize(weight, self._read(self._scales[name]), self._block_size)
+        return dequantize(weight, self.read_stored(self._scales[name]), self._block_size)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read_stored(self, name: str) -> torch.Tensor:
+        """The tensor `name`, or scales, as stored, the ranks' parts put together.
+
+        Raises:
+            ValueError: when ranks differ in what all of them have.
+        """
         parts, dim = self._parts[name], self._dims[name]
         first = read_tensor(parts[0])
         if dim is not None:
