@@ -88,15 +88,19 @@ def to_fp8(
         raise ValueError(
             f"{folder.path} has none of the weights that FP8 is for, such as model.layers.0.mlp.up_proj.weight"
         )
+    config = {**folder.config, "quantization_config": quantization_config(scale_fmt)}
+    write(folder, destination, groups, config, {"command": "to-fp8", "scale_fmt": scale_fmt}, max_shard_size, jobs)
+
+
+def quantization_config(scale_fmt: str | None) -> dict[str, Any]:
+    """What config.json says of a checkpoint that `to_fp8` made."""
     quantization = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
         "weight_block_size": list(DEFAULT_BLOCK),
-        **({"scale_fmt": scale_fmt} if scale_fmt else {}),
     }
-    config = {**folder.config, "quantization_config": quantization}
-    write(folder, destination, groups, config, {"command": "to-fp8", "scale_fmt": scale_fmt}, max_shard_size, jobs)
+    return quantization | ({"scale_fmt": scale_fmt} if scale_fmt else {})
 
 
 def write(
@@ -174,7 +178,7 @@ def quantize(weight: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.
         scales = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
         if scale_fmt == "ue8m0":
             mantissa, exponent = torch.frexp(scales)  # mantissa in [0.5, 1)
-            scales = torch.ldexp(torch.ones(()), exponent - (mantissa == 0.5).int())
+            scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
         scale[block] = torch.where(amax == 0, 1.0, scales)
         spread = scale[block].repeat_interleave(columns)[: part.shape[1]]
         quantised[block * rows : (block + 1) * rows] = (part / spread).to(torch.float8_e4m3fn)
