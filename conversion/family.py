@@ -1,5 +1,6 @@
 """Which of our models a config.json describes, and the tensors that its checkpoint must hold."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def family_config(fields: dict[str, Any], source: Path | str) -> DeepseekConfig:
     Raises:
         ValueError: for a `model_type` that is not ours, and for values that no model of its family has.
     """
-    fields = {name: value for name, value in fields.items() if name != "quantization_config"}
+    fields = {
+        name: deepcopy(value) for name, value in fields.items() if name != "quantization_config"
+    }  # transformers edits them
     model_type = str(fields.get("model_type"))
     try:
         prefix = PREFIXES["deepseek"] if model_type == LLAMA else PREFIXES[model_type]
