@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, isfinite, sqrt
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from modeling_deepseek.checkpoint import layer_index
 from modeling_deepseek.conversion.family import causal_lm_class, read_family
 from modeling_deepseek.conversion.weights import Weights
 
-CHUNK = 2**22  # elements compared at a time
+CHUNK = 2**17  # elements compared at a time: 1 MiB in fp64, which the CPU caches
 NAMED = 8  # tensors that a report names of each kind
 _PLACE = re.compile(r"(^|\.)(model|layers\.\d+|self_attn|mlp)(?=\.)|(?<=experts\.)\d+\.|\.weight$")
 
@@ -116,28 +116,39 @@ def kind_of(name: str) -> str:
 
 def pair(first: Weights, second: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The tensor `name` of both, FP8 rounded to the other's dtype."""
-    a, b = first.read(name), second.read(name)
-    if (name in first.quantized) != (name in second.quantized):
-        a, b = (a.to(b.dtype), b) if name in first.quantized else (a, b.to(a.dtype))
-    return a, b
+    if name in first.quantized and name not in second.quantized:
+        b = second.read(name)
+        return first.read(name, b.dtype), b
+    a = first.read(name)
+    return a, second.read(name, a.dtype)
 
 
 def deviation(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     """`max |a - b|` and `||a - b|| / ||a||` of two tensors of one shape. NaNs and infinities are equal to their like."""
-    if a.dtype == b.dtype and torch.equal(a, b):
+    a, b = a.flatten(), b.flatten()
+    if a.dtype == b.dtype and same_bits(a, b):
         return 0.0, 0.0
     absolute, square, norm = 0.0, 0.0, 0.0
-    for left, right in zip(a.flatten().split(CHUNK), b.flatten().split(CHUNK), strict=True):
+    for left, right in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
         left, right = left.double(), right.double()
-        same = (left == right) | (left.isnan() & right.isnan())
         apart = (left - right).abs()
-        apart = apart.masked_fill_(apart.isnan(), torch.inf).masked_fill_(same, 0.0)
-        absolute = max(absolute, apart.max().item())
-        square += apart.square().sum().item()
-        norm += left.nan_to_num(nan=0.0).square().sum().item()
+        largest = apart.max().item()
+        if not isfinite(largest):
+            same = (left == right) | (left.isnan() & right.isnan())
+            apart = apart.masked_fill_(apart.isnan(), inf).masked_fill_(same, 0.0)
+            largest = apart.max().item()
+        absolute = max(absolute, largest)
+        square += apart.dot(apart).item()
+        norm += left.dot(left).item()
     if square == 0.0:
         return absolute, 0.0
-    return absolute, sqrt(square / norm) if 0.0 < norm < torch.inf and square < torch.inf else torch.inf
+    return absolute, sqrt(square / norm) if 0.0 < norm < inf and square < inf else inf
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two flat tensors of one dtype are equal bit by bit; by words of 8 bytes, which is four times as fast."""
+    word = torch.int64 if a.nbytes % 8 == 0 else torch.uint8
+    return torch.equal(a.view(word), b.view(word))
 
 
 def check_prompt(prompt: Sequence[int], *checkpoints: Weights) -> None:

@@ -93,12 +93,22 @@ class Weights:
         self.shapes = {name: header.shape for name, header in self.headers.items() if name not in scales}
         self.quantized = set(self._scales)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`: FP8 is dequantised to fp32, anything else has the dtype that is stored."""
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The tensor `name`: FP8 is dequantised in fp32 and cast to `dtype`, anything else has the dtype that is stored."""
         weight = self.read_stored(name)
         if name not in self._scales:
             return weight
-        return dequantize(weight, self.read_stored(self._scales[name]), self._block_size)
+        scale, result, rows = (
+            self.read_stored(self._scales[name]),
+            torch.empty(weight.shape, dtype=dtype),
+            self._block_size[0],
+        )
+        for block, first in enumerate(
+            range(0, weight.shape[0], rows)
+        ):  # by rows of blocks: little memory, which the CPU caches
+            band = slice(first, first + rows)
+            result[band] = dequantize(weight[band], scale[block : block + 1], self._block_size)
+        return result
 
     def read_stored(self, name: str) -> torch.Tensor:
         """The tensor `name`, or scales, as stored, the ranks' parts put together.
