@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_deepseek.conversion.cli import main
+from modeling_deepseek.conversion.demo import to_demo
 from modeling_deepseek.conversion.verify import deviation, kind_of, report, verify
 from modeling_deepseek.conversion.weights import Weights
 from modeling_deepseek.fp8 import dequantize
@@ -109,6 +110,13 @@ def test_mtp_layers_that_the_demo_does_without_are_listed():
     found = verify(V3, DEMO / "mp1")
     assert len(found.without_mtp) == 68
     assert all(name.startswith("model.layers.3.") for name in found.without_mtp)
+
+
+def test_mtp_layers_that_the_demo_kept_are_compared(tmp_path):
+    to_demo(V3, tmp_path / "demo", mp=2, with_mtp=True)
+    found = verify(V3, tmp_path / "demo")
+    assert found.agrees and found.without_mtp == []
+    assert sum(apart.tensors for apart in found.kinds.values()) == len(Weights(V3).shapes)
 
 
 def test_mtp_layers_that_a_hub_folder_lacks_are_a_difference(changed):
