@@ -1,6 +1,5 @@
 """What a checkpoint holds, needs and lacks, from config.json and the headers of its safetensors files alone."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ def read_hub(repo_id: str) -> tuple[dict[str, Any], dict[str, Header], int]:
     """As `read_folder`, of a model on the Hub; only config.json and the index are downloaded, headers are fetched."""
     api = HfApi()
     try:
-        fields = json.loads(Path(api.hf_hub_download(repo_id, "config.json")).read_bytes())
+        fields = read_config(Path(api.hf_hub_download(repo_id, "config.json")).parent)
         files = api.get_safetensors_metadata(repo_id).files_metadata
         sizes = {entry.path: entry.size for entry in api.list_repo_tree(repo_id) if entry.path in files}
     except (NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError) as error:

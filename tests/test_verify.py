@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from modeling_deepseek.conversion.cli import main
 from modeling_deepseek.conversion.demo import to_demo
 from modeling_deepseek.conversion.verify import deviation, kind_of, report, verify
-from modeling_deepseek.conversion.weights import Weights
+from modeling_deepseek.conversion.weights import Weights, hub_name
 from modeling_deepseek.fp8 import dequantize
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -92,6 +92,21 @@ def test_fp8_differs_from_another_cast(cast, changed):
     assert (found.kinds["o_proj"].differing, found.kinds["o_proj"].worst) == (1, name)
     assert found.kinds["o_proj"].absolute == pytest.approx(0.25, rel=0.01)
     assert [kind for kind, apart in found.kinds.items() if apart.differing] == ["o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("demo", "hub", "dim"),
+    [
+        ("head.weight", "lm_head.weight", 0),
+        ("layers.3.attn.wo.scale", "model.layers.3.self_attn.o_proj.weight_scale_inv", 1),
+        ("layers.3.ffn.gate.bias", "model.layers.3.mlp.gate.e_score_correction_bias", None),
+        ("layers.3.ffn.experts.7.w2.weight", "model.layers.3.mlp.experts.7.down_proj.weight", None),
+        ("layers.3.ffn.shared_experts.w2.weight", "model.layers.3.mlp.shared_experts.down_proj.weight", 1),
+        ("layers.61.shared_head.head.weight", "model.layers.61.shared_head.head.weight", 0),
+    ],
+)
+def test_hub_name_and_sharded_dimension_of_a_demo_tensor(demo, hub, dim):
+    assert hub_name(demo) == (hub, dim)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
