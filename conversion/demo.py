@@ -10,7 +10,7 @@ import torch
 
 from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.checkpoint import layer_index
-from modeling_deepseek.conversion.family import expected_shapes, family_config
+from modeling_deepseek.conversion.family import check_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, check_scales, fp8_block_size, fp8_pairs
 from modeling_deepseek.conversion.quantization import quantization_config
 from modeling_deepseek.conversion.weights import DEMO_MODULES, DEMO_PARTS, EXPERT, Weights
@@ -177,7 +177,7 @@ def from_demo(
     mtp_layers = {layer_index(name) for name in weights.shapes if layer_index(name) >= main}
     if mtp_layers or "num_nextn_predict_layers" in fields:
         fields["num_nextn_predict_layers"] = len(mtp_layers)
-    check_shapes(weights, family_config(fields, Path(config_file)), Path(config_file))
+    check_shapes(weights.shapes, family_config(fields, Path(config_file)), weights.path, Path(config_file))
     if weights.quantized:
         fields["quantization_config"] = fields.get("quantization_config") or quantization_config(None)
     else:
@@ -208,20 +208,3 @@ def read_hub_config(path: Path) -> dict[str, Any]:
             f"{path} has no model_type; expected the config.json of the model on the Hub, not the demo's config"
         )
     return fields
-
-
-def check_shapes(weights: Weights, config: DeepseekConfig, path: Path) -> None:
-    """The ranks hold what the config says: nothing missing, nothing else, every shape."""
-    expected = expected_shapes(config)
-    for name, shape in expected.items():
-        if name not in weights.shapes:
-            raise ValueError(
-                f"{weights.path} lacks {name}, which {path} demands: it is the config of another model, or files are"
-            )
-        if weights.shapes[name] != shape:
-            raise ValueError(f"{weights.path}: {name} is {weights.shapes[name]} over all ranks, by {path} {shape}")
-    for name in weights.shapes:
-        if name not in expected:
-            raise ValueError(
-                f"{weights.path} holds {name}, which {path} has no place for: it is the config of another model"
-            )

@@ -72,3 +72,21 @@ def expected_shapes(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
         for name in SHARED_MTP_WEIGHTS
     )
     return shapes | dict.fromkeys(copies, vocabulary)
+
+
+def check_shapes(shapes: dict[str, tuple[int, ...]], config: DeepseekConfig, folder: Path, config_file: Path) -> None:
+    """A checkpoint with tensors of these `shapes` in `folder` is one of `config`, which `config_file` holds.
+
+    Raises:
+        ValueError: for the first tensor that is missing, misshapen or unknown.
+    """
+    expected = expected_shapes(config)
+    other = "it is the config of another model, or the checkpoint is not whole"
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise ValueError(f"{folder} lacks {name}, which {config_file} demands: {other}")
+        if shapes[name] != shape:
+            raise ValueError(f"{folder}: {name} is {shapes[name]}, by {config_file} {shape}: {other}")
+    for name in shapes:
+        if name not in expected:
+            raise ValueError(f"{folder} holds {name}, which {config_file} has no place for: {other}")

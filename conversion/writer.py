@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +82,7 @@ def convert(
     last: dict[str, bytes],
     options: dict[str, Any],
     jobs: int = 1,
+    without: Iterable[str] = (),
 ) -> None:
     """Write `shards`, then the other files of `source`, then `last` (file name -> bytes: index and config) to `destination`.
 
@@ -91,6 +92,7 @@ def convert(
     Args:
         options: the command and all that decides about the bytes, JSON-compatible; to resume they must be the same.
         jobs: files written at a time; memory is that of the largest group, times `jobs`.
+        without: names of other files that do not go along.
 
     Raises:
         ValueError: before anything is written, for a destination that is the source, lies in it or around it, holds anything
@@ -101,7 +103,7 @@ def convert(
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; expected 1 or more")
     check_apart(source.path, destination)
-    others = {name: file for name, file in source.other_files().items() if name not in {*shards, *last}}
+    others = {name: file for name, file in source.other_files().items() if name not in {*shards, *last, *without}}
     manifest = {"options": options, "fingerprint": fingerprint(source, others, shards, last, options)}
     check_ours(destination, manifest)
     open_shards = {name: groups for name, groups in shards.items() if not is_finished(destination / name, groups)}
