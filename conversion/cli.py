@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling_deepseek.conversion.add_code import add_code
+from modeling_deepseek.conversion.demo import from_demo, to_demo
 from modeling_deepseek.conversion.inspection import inspect
 from modeling_deepseek.conversion.inspection import report as inspection_report
+from modeling_deepseek.conversion.llama import from_llama, to_llama
+from modeling_deepseek.conversion.quantization import SCALE_FMTS, to_bf16, to_fp8
 from modeling_deepseek.conversion.verify import report as verification_report
 from modeling_deepseek.conversion.verify import verify
+from modeling_deepseek.conversion.writer import MAX_SHARD_SIZE
 
 
 class Command(NamedTuple):
@@ -40,6 +44,20 @@ def token_ids(text: str) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+FOLDERS = {
+    "source": {"type": Path, "metavar": "SRC", "help": "the folder of a checkpoint; only read"},
+    "destination": {"type": Path, "metavar": "DST", "help": "a new or empty folder, or what a killed run left in it"},
+}
+JOBS = {"--jobs": {"type": int, "default": 1, "metavar": "N", "help": "files written at a time (1)"}}
+SHARDS = {
+    "--max-shard-size": {
+        "default": MAX_SHARD_SIZE,
+        "metavar": "SIZE",
+        "help": f"largest file, such as 500MB ({MAX_SHARD_SIZE})",
+    },
+    **JOBS,
+}
+
 COMMANDS = {
     "add-code": Command(
         help="put the modeling code into a model folder, so that it loads with trust_remote_code=True",
@@ -68,6 +86,55 @@ COMMANDS = {
             },
         },
         run=run_verify,
+    ),
+    "to-bf16": Command(
+        help="make a bf16 checkpoint of a block-FP8 one, exactly as the official script does",
+        arguments={**FOLDERS, **SHARDS},
+        run=to_bf16,
+    ),
+    "to-fp8": Command(
+        help="make a block-FP8 checkpoint in the official layout of a bf16 one",
+        arguments={
+            **FOLDERS,
+            "--scale-fmt": {"choices": SCALE_FMTS[1:], "help": "round scales up to powers of two, as in V3.1"},
+            **SHARDS,
+        },
+        run=to_fp8,
+    ),
+    "to-demo": Command(
+        help="shard a V2 or V3 checkpoint for the official inference demo",
+        arguments={
+            **FOLDERS,
+            "--mp": {"type": int, "required": True, "metavar": "N", "help": "number of ranks"},
+            "--with-mtp": {"action": "store_true", "help": "keep the MTP layers, which the demo does not have"},
+            **JOBS,
+        },
+        run=to_demo,
+    ),
+    "from-demo": Command(
+        help="put the official inference demo's ranks together again as a checkpoint in the Hub layout",
+        arguments={
+            **FOLDERS,
+            "--config": {
+                "dest": "config_file",
+                "type": Path,
+                "required": True,
+                "metavar": "FILE",
+                "help": "the config.json of the model on the Hub",
+            },
+            **SHARDS,
+        },
+        run=from_demo,
+    ),
+    "from-llama": Command(
+        help="make a checkpoint of DeepseekForCausalLM, code included, of a DeepSeek-LLM in Llama's class",
+        arguments={**FOLDERS, **SHARDS},
+        run=from_llama,
+    ),
+    "to-llama": Command(
+        help="make a checkpoint of Llama's class of a dense DeepseekForCausalLM",
+        arguments={**FOLDERS, **SHARDS},
+        run=to_llama,
     ),
 }
 

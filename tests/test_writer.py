@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from modeling_deepseek.conversion import writer
+from modeling_deepseek.conversion.demo import to_demo
 from modeling_deepseek.conversion.folder import INDEX, CheckpointFolder
 from modeling_deepseek.conversion.quantization import to_bf16, to_fp8
 from modeling_deepseek.conversion.writer import MANIFEST, Group, Output, convert, index_of, layout_of, split
@@ -27,6 +28,7 @@ MOMENTS = 6  # kills per command
 CONVERSIONS = {
     "to-bf16": lambda destination: to_bf16(FP8, destination, max_shard_size="150KB"),
     "to-fp8": lambda destination: to_fp8(FP32, destination, max_shard_size="50KB"),
+    "to-demo": lambda destination: to_demo(FP32, destination, mp=4, with_mtp=True),
     "to-bf16 on two threads": lambda destination: to_bf16(FP8, destination, max_shard_size="150KB", jobs=2),
 }
 
