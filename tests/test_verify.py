@@ -134,6 +134,16 @@ def test_mtp_layers_that_the_demo_kept_are_compared(tmp_path):
     assert sum(apart.tensors for apart in found.kinds.values()) == len(Weights(V3).shapes)
 
 
+def test_tensor_that_an_mtp_layer_of_the_demo_lacks_is_a_difference(tmp_path):
+    to_demo(V3, tmp_path / "demo", mp=1, with_mtp=True)
+    file = tmp_path / "demo" / "model0-mp1.safetensors"
+    tensors = load_file(file)
+    del tensors["layers.3.enorm.weight"]
+    save_file(tensors, file)
+    found = verify(V3, tmp_path / "demo")
+    assert (found.only_a, found.without_mtp) == (["model.layers.3.enorm.weight"], [])
+
+
 def test_mtp_layers_that_a_hub_folder_lacks_are_a_difference(changed):
     mtp = [name for name in Weights(V3).shapes if name.startswith("model.layers.3.")]
     found = verify(V3, changed(**dict.fromkeys(mtp)))
@@ -281,6 +291,7 @@ def test_logits_need_the_hub_layout():
         ({"norm.weight": torch.zeros(48)}, r"model\.norm\.weight differs between .*model0-mp2.* and .*model1-mp2"),
         ({"layers.1.ffn.experts.0.w1.weight": torch.ones(16, 48)}, r"experts\.0\..* is in model0-mp2.*, model1-mp2"),
         ({"layers.1.attn.wo.weight": torch.ones(47, 20)}, r"o_proj\.weight is F32 \(48, 20\) .* and F32 \(47, 20\)"),
+        ({"layers.1.attn.wo.weight": torch.ones(48, 20).bfloat16()}, r"is F32 \(48, 20\) .* and BF16 \(48, 20\)"),
         ({"layers.1.attn.wo.weight": None}, r"o_proj\.weight is in model0-mp2\.safetensors; expected .*model1-mp2"),
     ],
 )
