@@ -19,6 +19,7 @@ from modeling_deepseek.fp8 import FP8_DTYPES, SCALE_SUFFIX
 
 CACHE_BITS = {"bf16": 16, "8-bit": 8, "6-bit": 6}  # 6 bits per element: what the V2 report serves with
 GQA_HEADS = 8  # key/value heads of DeepSeek-LLM 67B, to compare with
+COPIES = tuple(f".{name}" for name in SHARED_MTP_WEIGHTS)
 NAMED = 8  # tensors that a report names of each kind
 
 
@@ -86,15 +87,16 @@ def inspect(source: str | os.PathLike[str], context: int = 4096, batch: int = 1)
     config = family_config(fields, f"{source}/config.json")
     expected = expected_shapes(config)
     missing, extra, misshapen = compare(headers, expected, fp8_block_size(fields, Path(source)))
-    scales = {name for name in headers if name.endswith(SCALE_SUFFIX)}
-    weights = {name: header for name, header in headers.items() if name not in scales}
+    layers, scales = config.num_hidden_layers, {name for name in headers if name.endswith(SCALE_SUFFIX)}
+    stored = {name: prod(header.shape) for name, header in headers.items() if name not in scales}
+    stored_mtp = sum(count for name, count in stored.items() if is_mtp(name, layers))
     kept, dequantized = weight_bytes(config, headers, expected)
     return Inspection(
         source=str(source),
         family=family_name(config),
         parameters=count_parameters(config, expected),
-        stored_main=sum(prod(header.shape) for name, header in weights.items() if not is_mtp(name, config)),
-        stored_mtp=sum(prod(header.shape) for name, header in weights.items() if is_mtp(name, config)),
+        stored_main=sum(stored.values()) - stored_mtp,
+        stored_mtp=stored_mtp,
         tensors=len(headers),
         scales=len(scales),
         dtypes=shares(headers),
@@ -140,19 +142,20 @@ def read_hub(repo_id: str) -> tuple[dict[str, Any], dict[str, Header], int]:
     return fields, headers, sum(sizes.values())
 
 
-def is_mtp(name: str, config: DeepseekConfig) -> bool:
-    return layer_index(name) >= config.num_hidden_layers
+def is_mtp(name: str, layers: int) -> bool:
+    """Whether a tensor is of an MTP layer, behind the `layers` of the main model."""
+    return layer_index(name) >= layers
 
 
-def is_copy(name: str, config: DeepseekConfig) -> bool:
+def is_copy(name: str, layers: int) -> bool:
     """Whether an MTP layer repeats a tensor of the main model under this name."""
-    return is_mtp(name, config) and name.endswith(tuple(f".{copy}" for copy in SHARED_MTP_WEIGHTS))
+    return name.endswith(COPIES) and is_mtp(name, layers)
 
 
 def count_parameters(config: DeepseekConfig, expected: Mapping[str, tuple[int, ...]]) -> Parameters:
-    sizes = {name: prod(shape) for name, shape in expected.items()}
-    main = sum(count for name, count in sizes.items() if not is_mtp(name, config))
-    mtp = {name: count for name, count in sizes.items() if is_mtp(name, config)}
+    sizes, layers = {name: prod(shape) for name, shape in expected.items()}, config.num_hidden_layers
+    main = sum(count for name, count in sizes.items() if not is_mtp(name, layers))
+    mtp = {name: count for name, count in sizes.items() if is_mtp(name, layers)}
     routed = sum(count for name, count in sizes.items() if ".mlp.experts." in name and name not in mtp)
     active = main - routed
     if routed:
@@ -162,7 +165,7 @@ def count_parameters(config: DeepseekConfig, expected: Mapping[str, tuple[int, .
         main=main,
         active_head_only=active - embedding,
         active_with_embedding=active,
-        mtp_unique=sum(count for name, count in mtp.items() if not is_copy(name, config)),
+        mtp_unique=sum(count for name, count in mtp.items() if not is_copy(name, layers)),
         mtp_stored=sum(mtp.values()),
     )
 
@@ -188,10 +191,10 @@ def weight_bytes(
     config: DeepseekConfig, headers: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, int]:
     """Bytes of the weights in memory: as they are stored, and with FP8 weights dequantised to bf16."""
-    kept = dequantized = 0
+    kept, dequantized, layers = 0, 0, config.num_hidden_layers
     for name, header in headers.items():
         weight = name.removesuffix(SCALE_SUFFIX)
-        if weight not in expected or is_copy(weight, config):
+        if weight not in expected or is_copy(weight, layers):
             continue
         kept += header.nbytes
         if weight == name:
