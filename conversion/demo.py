@@ -188,7 +188,8 @@ def from_demo(
     ]
     shards = split(groups, max_shard_size)
     last = {**index_of(shards), "config.json": to_json(fields)}
-    convert(CheckpointFolder(source, index=False), destination, shards, last, {"command": "from-demo"}, jobs)
+    ranks = CheckpointFolder(source, index=False)
+    convert(ranks, destination, shards, last, {"command": "from-demo"}, jobs, without=[CONFIG_NAME])
 
 
 def read_group(weights: Weights, name: str) -> list[torch.Tensor]:

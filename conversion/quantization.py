@@ -47,7 +47,7 @@ def to_bf16(
         elif name not in scales:
             groups.append(copied(folder, name))
     config = {key: value for key, value in folder.config.items() if key != "quantization_config"}
-    config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = "bfloat16"
+    config |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], "bfloat16")
     write(folder, destination, groups, config, {"command": "to-bf16"}, max_shard_size, jobs)
 
 

@@ -191,8 +191,8 @@ def check_room(destination: Path, shards: Shards, others: dict[str, Path]) -> No
     free += sum(file.lstat().st_size for file in temporaries(destination)) if destination.is_dir() else 0
     if needed > free:
         raise ValueError(
-            f"{destination} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are to be written: make room, or name a folder on "
-            "another disk"
+            f"{destination} has {free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} MB are to be written: make room, or name a "
+            "folder on another disk"
         )
 
 
@@ -280,7 +280,9 @@ def staged(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Names are on disk, too."""
+    """Names are on disk, too; only POSIX opens a folder."""
+    if os.name != "posix":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -97,6 +97,7 @@ def test_there_and_back_are_the_same_bits(tmp_path, wide_fp8, case, mp, with_mtp
     source = wide_fp8 if case == "wide fp8" else GOLDENS / case
     to_demo(source, tmp_path / "demo", mp, with_mtp)
     from_demo(tmp_path / "demo", tmp_path / "out", source / "config.json")
+    assert not (tmp_path / "out" / "config_demo.json").exists()
     expected = tensors_of(source)
     main = read_family(source).num_hidden_layers
     assert_same_bits(tensors_of(tmp_path / "out"), expected if with_mtp else without_mtp(expected, main))

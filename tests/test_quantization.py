@@ -83,6 +83,15 @@ def test_config_of_bf16_says_so_and_keeps_the_rest(tmp_path):
     assert after["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("spelling", [["torch_dtype"], ["dtype"], ["dtype", "torch_dtype"], []])
+def test_dtype_is_bf16_in_every_spelling_that_the_config_has(tmp_path, copy, spelling):
+    source = copy(**{W: torch.ones(3, 3).to(torch.float8_e4m3fn), S: torch.ones(1, 1)})
+    (source / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **dict.fromkeys(spelling, "float32")}))
+    to_bf16(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"model_type": "deepseek_v3", **dict.fromkeys(spelling or ["dtype"], "bfloat16")}
+
+
 @torch.no_grad()
 def test_bf16_checkpoint_has_the_logits_of_the_fp8_one(tmp_path):
     to_bf16(FP8, tmp_path / "out", max_shard_size="200KB")

@@ -162,6 +162,13 @@ def test_foreign_folders_and_files_are_refused(source, tmp_path, shards):
     assert contents(tmp_path / "out") == {".note.tmp": b"mine"}
 
 
+def test_manifest_that_was_never_finished_is_in_nobodys_way(source, tmp_path, shards):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".{MANIFEST}.123.tmp").write_text("{")
+    run(source, tmp_path / "out", shards)
+    assert not any(is_temporary(name) for name in contents(tmp_path / "out"))
+
+
 def test_finished_result_is_not_overwritten(source, tmp_path, shards):
     run(source, tmp_path / "out", shards)
     with pytest.raises(ValueError, match="is not empty"):
@@ -170,7 +177,7 @@ def test_finished_result_is_not_overwritten(source, tmp_path, shards):
 
 def test_without_room_nothing_is_written(source, tmp_path, shards, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    with pytest.raises(ValueError, match=r"out has 0\.00 GB free, 0\.00 GB are to be written: make room"):
+    with pytest.raises(ValueError, match=r"out has 0\.0 MB free, 0\.0 MB are to be written: make room"):
         run(source, tmp_path / "out", shards)
     assert not (tmp_path / "out").exists()
 
