@@ -123,6 +123,19 @@ def test_other_files_go_along_and_index_and_config_are_last(source, tmp_path, sh
     assert contents(tmp_path / "out").keys() == {*shards, *source.other_files(), INDEX, "config.json"}
 
 
+def test_hub_snapshot_is_followed_for_reading_and_the_result_has_no_links(source, tmp_path):
+    (tmp_path / "snapshot").mkdir()
+    for file in source.path.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    before = contents(source.path)
+    to_bf16(tmp_path / "snapshot", tmp_path / "linked")
+    to_bf16(source.path, tmp_path / "plain")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
+    plain = contents(tmp_path / "plain")
+    assert contents(tmp_path / "linked") == {name: data for name, data in plain.items() if "/" not in name}
+    assert contents(source.path) == before
+
+
 def test_threads_and_one_after_another_give_the_same_bytes(source, tmp_path, shards):
     run(source, tmp_path / "one", shards)
     run(source, tmp_path / "three", shards, jobs=3)
