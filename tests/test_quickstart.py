@@ -1,5 +1,6 @@
 """The quickstart as a user runs it, and the small model that it loads."""
 
+import inspect
 import json
 import os
 import re
@@ -9,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from transformers import AutoTokenizer
 
+from modeling_deepseek import DeepseekV3ForCausalLM
 from modeling_deepseek.hub import auto_map_for, code_files
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -65,6 +69,24 @@ def test_completes_a_prompt_and_reports_the_cache(quickstart):
     assert bytes_per_token(done.stdout, "latent cache") == 2 * LATENT_ELEMENTS
     assert bytes_per_token(done.stdout, "full keys and values") == 2 * FULL_ELEMENTS
     assert re.search(r"^speed: +\d+\.\d tokens per second", done.stdout, re.MULTILINE)
+
+
+def test_compares_speed_with_and_without_mtp_drafts(quickstart):
+    done = quickstart("--max-new-tokens", "8", "--mtp")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^without MTP drafts: +\d+\.\d tokens per second$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^with MTP drafts: .* tokens per second, \d\.\d\d times; \d+% accepted$", done.stdout, re.MULTILINE
+    )
+
+
+def test_a_model_without_mtp_layers_cannot_compare(quickstart, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG | dict(num_nextn_predict_layers=0)))
+    done = quickstart("--model", str(folder), "--mtp")
+    assert done.returncode == 2
+    assert "has none: leave --mtp out" in done.stderr
 
 
 def test_dtype_and_prompt_are_the_users(quickstart):
@@ -136,3 +158,21 @@ def test_card_states_fewer_bits_than_the_compressors():
     ]
     model, xz, gzip = bits
     assert 0 < model < xz < gzip
+
+
+def test_card_states_the_acceptance_of_the_drafts():
+    text = ModelCard.load(TINY / "README.md").text
+    greedy, sampled = re.search(
+        r"accepts (\d+)% of\s+the drafts in greedy decoding, and (\d+)% in sampling", text
+    ).groups()
+    assert 70 <= int(sampled) <= int(greedy) <= 100
+
+
+def test_the_small_model_accepts_its_drafts():
+    model = DeepseekV3ForCausalLM.from_pretrained(TINY, dtype="float32")
+    ids = torch.tensor(AutoTokenizer.from_pretrained(TINY)(inspect.getsource(json.JSONEncoder))["input_ids"])
+    prompts = ids[: 8 * 48].view(8, 48)  # a module that was held out
+    options = dict(attention_mask=torch.ones_like(prompts), max_new_tokens=48, do_sample=False, eos_token_id=None)
+    result = model.generate(prompts, **options, pad_token_id=1, use_mtp=True, return_dict_in_generate=True)
+    assert result.mtp_stats.acceptance_rate >= 0.70
+    assert torch.equal(result.sequences, model.generate(prompts, **options))

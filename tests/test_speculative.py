@@ -1,11 +1,13 @@
 """`generate(..., use_mtp=True)`: the tokens of plain `generate`, whatever the drafts, the cache, the batch and the rules."""
 
+import inspect
 import itertools
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
@@ -115,6 +117,7 @@ def test_own_stopping_criteria_stop_each_row_where_they_do_without_drafts(eos):
         options = dict(stopping_criteria=[AfterTwoFives()], eos_token_id=eos, num_assistant_tokens=3)
         plain, drafted = both(model, prompts(model, 3, seed=seed), **options)
         assert torch.equal(plain.sequences, drafted.sequences)
+        assert drafted.past_key_values.get_seq_length() == drafted.sequences.shape[1] - 1
 
 
 class Received(BaseStreamer):
@@ -165,6 +168,17 @@ def test_a_cache_that_was_given_goes_on_where_it_stopped(kind):
     plain = model.generate(longer, max_new_tokens=6, eos_token_id=None)
     drafted = model.generate(longer, past_key_values=caches[1], max_new_tokens=6, eos_token_id=None, use_mtp=True)
     assert torch.equal(plain, drafted)
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(1, 32), (3, 33)])
+def test_a_static_cache_without_room_for_drafts_at_the_end_is_filled_to_the_brim(rows, slots):
+    model = make()
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    options = dict(max_new_tokens=NEW, eos_token_id=None)
+    drafted = model.generate(
+        **prompts(model, rows), **options, past_key_values=cache, use_mtp=True, num_assistant_tokens=4
+    )
+    assert torch.equal(drafted, model.generate(**prompts(model, rows), **options))
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -289,6 +303,31 @@ def test_a_model_whose_drafts_are_right_needs_half_the_steps(monkeypatch):
     assert result.sequences.shape == (1, 30)
     assert result.mtp_stats.acceptance_rate == 1.0
     assert len(calls) == 11  # the prompt and one token, then two by two
+
+
+def test_arguments_of_the_model_reach_every_forward(monkeypatch):
+    model, seen, forward = make(), [], DeepseekV3ForCausalLM.forward
+
+    def recorded(self, *args, output_router_logits=None, **kwargs):
+        seen.append(output_router_logits)
+        return forward(self, *args, output_router_logits=output_router_logits, **kwargs)
+
+    recorded.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(DeepseekV3ForCausalLM, "forward", recorded)
+    model.generate(prompts(model, 1)["input_ids"], max_new_tokens=8, use_mtp=True, output_router_logits=True)
+    assert len(seen) > 2
+    assert all(seen)
+
+
+def test_no_hook_stays_behind_after_an_error():
+    model = make()
+
+    def fail(ids, scores):
+        raise RuntimeError("halt")
+
+    with pytest.raises(RuntimeError, match="halt"):
+        model.generate(prompts(model, 1)["input_ids"], use_mtp=True, max_new_tokens=4, logits_processor=[fail])
+    assert not model.model._forward_hooks
 
 
 def test_nothing_is_read_from_disk(monkeypatch):
@@ -438,6 +477,21 @@ def test_a_static_cache_that_is_too_small_is_refused(rows, slots):
             max_new_tokens=4,
             use_mtp=True,
         )
+
+
+def test_a_cache_that_cannot_shrink_is_refused():
+    model = make()
+    cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=4) for _ in range(3)])
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer cannot: use the default cache"):
+        model.generate(prompts(model, 1)["input_ids"], past_key_values=cache, max_new_tokens=4, use_mtp=True)
+
+
+def test_a_static_cache_too_small_for_embeddings_is_refused():
+    model = make()
+    embeds = model.get_input_embeddings()(prompts(model, 1)["input_ids"])
+    cache = StaticCache(config=model.config, max_cache_len=11)
+    with pytest.raises(ValueError, match="max_cache_len=12"):
+        model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=4, use_mtp=True)
 
 
 def test_a_generation_config_may_ask_for_drafts():
