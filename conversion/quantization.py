@@ -10,9 +10,8 @@ import torch
 
 from modeling_deepseek.conversion.folder import CheckpointFolder, check_scales, fp8_block_size, fp8_pairs
 from modeling_deepseek.conversion.writer import MAX_SHARD_SIZE, Group, Output, convert, index_of, split, to_json
-from modeling_deepseek.fp8 import DEFAULT_BLOCK, FP8_DTYPES, SCALE_SUFFIX, dequantize
+from modeling_deepseek.fp8 import DEFAULT_BLOCK, FP8_DTYPES, SCALE_SUFFIX, dequantize, official_fp8_config, quantize
 
-E4M3_MAX = 448.0
 SCALE_FMTS = (None, "ue8m0")
 # every Linear of attention and MLPs; not the router `mlp.gate`, `eh_proj`, embeddings and heads
 QUANTISED = re.compile(
@@ -88,19 +87,8 @@ def to_fp8(
         raise ValueError(
             f"{folder.path} has none of the weights that FP8 is for, such as model.layers.0.mlp.up_proj.weight"
         )
-    config = {**folder.config, "quantization_config": quantization_config(scale_fmt)}
+    config = {**folder.config, "quantization_config": official_fp8_config(scale_fmt)}
     write(folder, destination, groups, config, {"command": "to-fp8", "scale_fmt": scale_fmt}, max_shard_size, jobs)
-
-
-def quantization_config(scale_fmt: str | None) -> dict[str, Any]:
-    """What config.json says of a checkpoint that `to_fp8` made."""
-    quantization = {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": list(DEFAULT_BLOCK),
-    }
-    return quantization | ({"scale_fmt": scale_fmt} if scale_fmt else {})
 
 
 def write(
@@ -152,34 +140,6 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple
 
 def fp8_of(folder: CheckpointFolder, name: str, scale_fmt: str | None) -> list[torch.Tensor]:
     try:
-        return list(quantize(folder.read(name), scale_fmt))
+        return list(quantize(folder.read(name), scale_fmt=scale_fmt))
     except ValueError as error:
         raise ValueError(f"{folder.tensors[name].file}: {name}: {error}") from error
-
-
-def quantize(weight: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` `[m, n]` in E4M3 and its scales `[ceil(m / 128), ceil(n / 128)]` in fp32: amax of a block / 448.
-
-    Blocks of zeros have scale 1; scales are at least the smallest normal fp32, 1.2e-38. With `"ue8m0"` they are rounded up to
-    a power of two.
-
-    Raises:
-        ValueError: for values that are not finite.
-    """
-    rows, columns = DEFAULT_BLOCK
-    grid = [-(-size // block) for size, block in zip(weight.shape, DEFAULT_BLOCK, strict=True)]
-    quantised, scale = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.ones(grid)
-    for block in range(grid[0]):
-        part = weight[block * rows : (block + 1) * rows].float()
-        padded = torch.nn.functional.pad(part.abs(), (0, grid[1] * columns - part.shape[1]))
-        amax = padded.view(part.shape[0], grid[1], columns).amax((0, 2))
-        if not amax.isfinite().all():
-            raise ValueError(f"holds {part[~part.isfinite()][0].item()} in row block {block}; expected finite values")
-        scales = (amax / E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-        if scale_fmt == "ue8m0":
-            mantissa, exponent = torch.frexp(scales)  # mantissa in [0.5, 1)
-            scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
-        scale[block] = torch.where(amax == 0, 1.0, scales)
-        spread = scale[block].repeat_interleave(columns)[: part.shape[1]]
-        quantised[block * rows : (block + 1) * rows] = (part / spread).to(torch.float8_e4m3fn)
-    return quantised, scale

@@ -54,20 +54,33 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int,
 def quantize(
     weight: torch.Tensor, block_size: tuple[int, int] = DEFAULT_BLOCK, scale_fmt: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` `[m, n]` -> E4M3 `[m, n]` and fp32 scales `[ceil(m / rows), ceil(n / columns)]`, largest magnitude / 448 per block.
+    """`weight` `[m, n]` -> E4M3 `[m, n]` and fp32 scales `[ceil(m / rows), ceil(n / columns)]`: amax of a block / 448.
 
-    With `scale_fmt` "ue8m0" a scale is the next power of two, as in V3.1. A block of zeros has scale 1.
+    With `scale_fmt` "ue8m0" scales are rounded up to a power of two, as in V3.1. Blocks of zeros have scale 1; other scales are
+    at least the smallest normal fp32, 1.2e-38.
+
+    Raises:
+        ValueError: for values that are not finite.
     """
     rows, columns = block_size
-    m, n = weight.shape
-    padded = F.pad(weight.float(), (0, -n % columns, 0, -m % rows))
-    blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [blocks, rows, blocks, columns]
-    scale = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    if scale_fmt == "ue8m0":
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    quantized = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return quantized.view(torch.uint8).flatten(2, 3).flatten(0, 1)[:m, :n].contiguous().view(quantized.dtype), scale
+    grid = [-(-size // block) for size, block in zip(weight.shape, block_size, strict=True)]
+    quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.ones(grid, device=weight.device)
+    for block in range(grid[0]):  # a row of blocks at a time: little memory, which a CPU caches
+        part = weight[block * rows : (block + 1) * rows].float()
+        amax = (
+            F.pad(part.abs(), (0, grid[1] * columns - part.shape[1])).view(part.shape[0], grid[1], columns).amax((0, 2))
+        )
+        if not amax.isfinite().all():
+            raise ValueError(f"holds {part[~part.isfinite()][0].item()} in row block {block}; expected finite values")
+        scales = (amax / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        if scale_fmt == "ue8m0":
+            mantissa, exponent = torch.frexp(scales)  # mantissa in [0.5, 1)
+            scales = torch.ldexp(torch.ones_like(scales), exponent - (mantissa == 0.5).int())
+        scale[block] = torch.where(amax == 0, 1.0, scales)
+        spread = scale[block].repeat_interleave(columns)[: part.shape[1]]
+        quantized[block * rows : (block + 1) * rows] = (part / spread).to(torch.float8_e4m3fn)
+    return quantized, scale
 
 
 def official_fp8_config(scale_fmt: str | None = None) -> dict:
@@ -195,8 +208,8 @@ class FP8Experts(_KeepsFP8, nn.Module):
         """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: one expert after another."""
         if is_parametrized(self):
             raise ValueError(
-                "An adapter was put on experts that are kept in FP8, which it cannot add to: load with fp8_weights='dequantize', or "
-                "leave the experts out of the adapter's targets."
+                "An adapter was put on experts that are kept in FP8, which it cannot add to: load with fp8_weights='dequantize', "
+                "or leave the experts out of the adapter's targets."
             )
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():

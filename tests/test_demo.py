@@ -13,8 +13,9 @@ from modeling_deepseek.checkpoint import layer_index
 from modeling_deepseek.conversion.demo import demo_config, demo_name, from_demo, to_demo
 from modeling_deepseek.conversion.family import read_family
 from modeling_deepseek.conversion.folder import CheckpointFolder
-from modeling_deepseek.conversion.quantization import quantize, to_fp8
+from modeling_deepseek.conversion.quantization import to_fp8
 from modeling_deepseek.conversion.weights import hub_name
+from modeling_deepseek.fp8 import quantize
 
 GOLDENS = Path(__file__).parent / "goldens"
 V3, FP8, DEMO = GOLDENS / "a_v3_fp32", GOLDENS / "b3_v3_fp8_576", GOLDENS / "h_inference_demo"

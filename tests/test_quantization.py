@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek.conversion.folder import CheckpointFolder
-from modeling_deepseek.conversion.quantization import dequantize_rows, quantize, to_bf16, to_fp8
-from modeling_deepseek.fp8 import dequantize
+from modeling_deepseek.conversion.quantization import dequantize_rows, to_bf16, to_fp8
+from modeling_deepseek.fp8 import dequantize, quantize
 
 GOLDENS = Path(__file__).parent / "goldens"
 FP8, FP32 = GOLDENS / "b3_v3_fp8_576", GOLDENS / "a_v3_fp32"
@@ -126,7 +126,7 @@ def test_all_codes_are_dequantised_nan_and_e5m2_too():
 @settings(max_examples=40, deadline=None)
 def test_fp8_is_that_of_the_definition(rows, columns, ue8m0, seed):
     weight = random_weight(rows, columns, seed)
-    quantised, scale = quantize(weight, "ue8m0" if ue8m0 else None)
+    quantised, scale = quantize(weight, scale_fmt="ue8m0" if ue8m0 else None)
     expected, expected_scale = plain_quantize(weight, ue8m0)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(bits(quantised), bits(expected))
@@ -136,14 +136,16 @@ def test_fp8_is_that_of_the_definition(rows, columns, ue8m0, seed):
 @settings(max_examples=20, deadline=None)
 def test_there_and_back_is_within_half_a_step_of_e4m3(rows, columns, scale_fmt, seed):
     weight = random_weight(rows, columns, seed)
-    back = dequantize(*quantize(weight, scale_fmt))
-    scale = quantize(weight, scale_fmt)[1].repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    back = dequantize(*quantize(weight, scale_fmt=scale_fmt))
+    scale = (
+        quantize(weight, scale_fmt=scale_fmt)[1].repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    )
     assert ((back - weight.float()).abs() <= torch.maximum(weight.float().abs() / 16, scale * 2**-10) * 1.0001).all()
 
 
 @pytest.mark.parametrize("amax", [448.0, 1.0, 7 * 2.0**-12, 1e-37, 1e-42])
 def test_ue8m0_scales_are_the_next_powers_of_two_and_nothing_overflows(amax):
-    quantised, scale = quantize(torch.full((1, 1), amax), "ue8m0")
+    quantised, scale = quantize(torch.full((1, 1), amax), scale_fmt="ue8m0")
     assert torch.frexp(scale).mantissa.item() == 0.5
     assert max(amax / 448, 2.0**-126) <= scale.item() < 2 * max(amax / 448, 2.0**-126)
     assert quantised.float().isfinite().all()
