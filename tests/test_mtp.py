@@ -446,3 +446,14 @@ def test_with_all_else_frozen_the_added_layers_alone_learn():
 def test_a_number_of_layers_that_is_none_is_refused(number):
     with pytest.raises(ValueError, match="num_layers is the number of MTP layers to add"):
         tiny_model("v3").add_mtp_layers(number)
+
+
+def test_merged_adapters_are_saved_with_their_mtp_layer(tmp_path):
+    config = LoraConfig(target_modules=["eh_proj", "o_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(tiny_model("v3", num_nextn_predict_layers=1), config).eval()
+    ids = tiny_tokens(adapted.config)
+    (expected,) = adapted(input_ids=ids, output_mtp_logits=True).mtp_logits
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    (found,) = type(merged).from_pretrained(tmp_path)(ids, output_mtp_logits=True).mtp_logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
