@@ -12,10 +12,9 @@ from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.checkpoint import layer_index
 from modeling_deepseek.conversion.family import check_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, check_scales, fp8_block_size, fp8_pairs
-from modeling_deepseek.conversion.quantization import quantization_config
 from modeling_deepseek.conversion.weights import DEMO_MODULES, DEMO_PARTS, EXPERT, Weights
 from modeling_deepseek.conversion.writer import MAX_SHARD_SIZE, Group, Output, convert, index_of, split, to_json
-from modeling_deepseek.fp8 import SCALE_SUFFIX
+from modeling_deepseek.fp8 import SCALE_SUFFIX, official_fp8_config
 
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 CONFIG_NAME = "config_demo.json"
@@ -179,7 +178,7 @@ def from_demo(
         fields["num_nextn_predict_layers"] = len(mtp_layers)
     check_shapes(weights.shapes, family_config(fields, Path(config_file)), weights.path, Path(config_file))
     if weights.quantized:
-        fields["quantization_config"] = fields.get("quantization_config") or quantization_config(None)
+        fields["quantization_config"] = fields.get("quantization_config") or official_fp8_config(None)
     else:
         fields.pop("quantization_config", None)
     groups = [
