@@ -33,6 +33,7 @@ LAYERS = {
     "fp8": 2,
     "attention": 3,
     "moe": 3,
+    "precision": 4,
     "decoder": 4,
     "mtp": 5,
     "speculative": 5,

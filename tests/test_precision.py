@@ -1,0 +1,245 @@
+"""Weights that stay in FP8: the same model, the same bytes on disk, a quarter of the memory of fp32; and the ways in and out."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Native
+
+from modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3Model
+from modeling_deepseek.fp8 import FP8Experts, FP8Linear, dequantize, fp8_linear, quantize
+from test_fp8 import FP8, split_into_two_shards
+from tiny import tiny_model, tiny_tokens
+
+IDS = torch.arange(20)[None]
+
+
+def load(fp8_weights: str, path=FP8, dtype=torch.float32, model_class=DeepseekV3ForCausalLM, **options):
+    return model_class.from_pretrained(path, fp8_weights=fp8_weights, dtype=dtype, **options)
+
+
+@pytest.fixture(scope="module")
+def dequantized():
+    return load("dequantize")
+
+
+def same_bytes(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.dtype == theirs.dtype and torch.equal(
+        ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([(128, 128), (64, 32)]), st.integers(0, 9))
+def test_product_and_gradient_are_those_of_the_dequantised_weight(rows, columns, block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight, scale = quantize(torch.randn(rows, columns, generator=generator), block)
+    x = torch.randn(3, columns, generator=generator, requires_grad=True)
+    towards = torch.randn(3, rows, generator=generator)
+    found = []
+    for product in (fp8_linear(x, weight, scale, block), F.linear(x, dequantize(weight, scale, block))):
+        (gradient,) = torch.autograd.grad(product, x, towards)
+        found.append((product, gradient))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_a_weight_in_many_pieces_gives_the_product_of_the_whole(monkeypatch):
+    weight, scale = quantize(torch.randn(576, 300))
+    x = torch.randn(2, 300)
+    whole = fp8_linear(x, weight, scale, (128, 128))
+    monkeypatch.setattr("modeling_deepseek.fp8.PIECE", 1)
+    torch.testing.assert_close(fp8_linear(x, weight, scale, (128, 128)), whole)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([None, "ue8m0"]), st.integers(0, 9))
+def test_quantised_weights_follow_the_official_rule(rows, columns, scale_fmt, seed):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    quantized, scale = quantize(weight, scale_fmt=scale_fmt)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            part = slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128)
+            expected = weight[part].float().abs().max() / 448
+            if scale_fmt:
+                expected = 2 ** torch.ceil(torch.log2(expected))
+            assert scale[i, j] == expected
+            assert torch.equal(
+                quantized[part].float(), (weight[part].float() / expected).to(torch.float8_e4m3fn).float()
+            )
+
+
+def test_a_block_of_zeros_stays_zero():
+    quantized, scale = quantize(torch.zeros(130, 5))
+    assert (scale == 1).all()
+    assert (dequantize(quantized, scale) == 0).all()
+
+
+@pytest.mark.parametrize("mla_mode", ["auto", "absorbed", "expanded"])
+def test_logits_and_tokens_are_those_of_the_dequantised_model(dequantized, mla_mode):
+    kept = load("keep", mla_mode=mla_mode)
+    with torch.no_grad():
+        for ours, theirs in zip(
+            *(
+                (out.logits, *out.mtp_logits)
+                for out in (model(IDS, output_mtp_logits=True) for model in (kept, dequantized))
+            ),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    tokens = [model.generate(IDS, max_new_tokens=12, do_sample=False) for model in (kept, dequantized)]
+    assert torch.equal(*tokens)
+    assert torch.equal(kept.generate(IDS, max_new_tokens=12, do_sample=False, use_mtp=True), tokens[0])
+
+
+def test_every_quantised_weight_stays_so_and_takes_its_byte():
+    kept = load("keep", dtype=torch.bfloat16)
+    stored = load_file(FP8 / "model.safetensors")
+    elements = sum(tensor.numel() for tensor in stored.values() if tensor.dtype == torch.float8_e4m3fn)
+    modules = [module for module in kept.modules() if isinstance(module, (FP8Linear, FP8Experts))]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    assert sum(tensor.numel() for tensor in tensors if tensor.itemsize == 1) == elements
+    assert sum(tensor.nbytes for tensor in tensors) <= 1.1 * elements
+    assert kept.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["scales in fp32", "scales in e8m0", "two shards"])
+def test_a_kept_model_saves_the_very_bytes_that_it_was_loaded_from(tmp_path, name):
+    stored, source = load_file(FP8 / "model.safetensors"), FP8
+    if name == "two shards":
+        split_into_two_shards(source := tmp_path / "source")
+    if name == "scales in e8m0":
+        stored = {
+            key: torch.exp2(torch.log2(x).round()).to(torch.float8_e8m0fnu) if key.endswith("_scale_inv") else x
+            for key, x in stored.items()
+        }
+        (source := tmp_path / "source").mkdir()
+        save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+        (source / "config.json").write_text((FP8 / "config.json").read_text())
+    load("keep", source, torch.bfloat16).save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(same_bytes(saved[key], tensor) for key, tensor in stored.items())
+    config, original = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "saved", FP8))
+    assert config["quantization_config"] == original["quantization_config"]
+
+
+def test_a_decoder_without_head_keeps_its_weights_too(tmp_path):
+    kept, plain = (load(how, model_class=DeepseekV3Model) for how in ("keep", "dequantize"))
+    assert any(isinstance(module, FP8Experts) for module in kept.modules())
+    torch.testing.assert_close(kept(IDS).last_hidden_state, plain(IDS).last_hidden_state, rtol=0, atol=1e-4)
+
+
+def test_casting_the_model_leaves_its_fp8_weights_alone():
+    kept = load("keep")
+    linear = kept.model.layers[0].self_attn.o_proj
+    before, scale = linear.weight.clone(), linear.weight_scale_inv.clone()
+    kept.to(torch.bfloat16)
+    assert kept.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert same_bytes(linear.weight, before)
+    assert torch.equal(linear.weight_scale_inv, scale)
+    assert kept(IDS).logits.isfinite().all()
+
+
+def test_adapters_get_the_gradients_that_they_get_on_dequantised_weights():
+    gradients, weights = [], None
+    for how in ("keep", "dequantize"):
+        config = LoraConfig(target_modules=["q_b_proj", "o_proj", "kv_b_proj"], init_lora_weights=False)
+        model = get_peft_model(load(how), config).train()
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all("lora" in name for name in trained)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name] if weights else parameter)
+        weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trained.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_kept_weight_is_frozen_and_the_others_are_not():
+    kept = load("keep")
+    trainable = {name for name, parameter in kept.named_parameters() if parameter.requires_grad}
+    assert "model.layers.1.mlp.gate.weight" in trainable
+    assert not any("_proj" in name and "eh_proj" not in name for name in trainable)
+
+
+def test_an_adapter_on_experts_that_are_kept_is_refused():
+    model = get_peft_model(load("keep"), LoraConfig(target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match="experts that are kept in FP8.*fp8_weights='dequantize'"):
+        model(input_ids=IDS)
+
+
+def test_after_adapters_are_merged_native_transformers_reads_the_result(tmp_path):
+    model = load("keep", dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_b_proj", "o_proj"], init_lora_weights=False))
+    model.base_model.model.dequantize_fp8()
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, (FP8Linear, FP8Experts)) for module in merged.modules())
+    merged.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    native = Native.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(ours(IDS).logits, native(IDS).logits, rtol=0, atol=2e-4)
+
+
+def test_dequantising_in_place_gives_the_dequantised_model(dequantized):
+    kept = load("keep")
+    kept.dequantize_fp8()
+    theirs = dequantized.state_dict()
+    assert kept.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in kept.state_dict().items())
+
+
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_a_quantised_model_is_an_official_fp8_checkpoint(tmp_path, scale_fmt):
+    model = tiny_model("v3", num_nextn_predict_layers=1)
+    model.quantize_fp8(scale_fmt)
+    model.save_pretrained(tmp_path)
+    saved, stored = load_file(tmp_path / "model.safetensors"), load_file(FP8 / "model.safetensors")
+    kinds = [
+        {key.split(".layers.")[-1].split(".", 1)[-1] for key, x in tensors.items() if x.dtype == torch.float8_e4m3fn}
+        for tensors in (saved, stored)
+    ]
+    assert {key for key in kinds[0] if "experts." not in key} == {key for key in kinds[1] if "experts." not in key}
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["weight_block_size"] == [128, 128]
+    assert config.get("scale_fmt") == scale_fmt
+    ids = tiny_tokens(model.config)
+    for how in ("keep", "dequantize"):
+        torch.testing.assert_close(load(how, tmp_path)(ids).logits, model(ids).logits, rtol=0, atol=2e-4)
+
+
+def test_an_unknown_scale_format_is_refused():
+    with pytest.raises(ValueError, match="scale_fmt is None or 'ue8m0', got 'e8m0'"):
+        tiny_model("v3").quantize_fp8("e8m0")
+
+
+def test_an_unknown_way_to_treat_fp8_weights_is_refused():
+    with pytest.raises(ValueError, match="fp8_weights is 'hold': expected one of 'dequantize', 'keep'"):
+        load("hold")
+
+
+def test_experts_that_are_fp8_in_part_cannot_be_kept(tmp_path):
+    tensors = load_file(FP8 / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.bfloat16)
+    del tensors[name + "_scale_inv"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((FP8 / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"{name} is not.*dequantize"):
+        load("keep", tmp_path)
+
+
+def test_a_projection_of_v3_has_five_rows_of_scales():
+    weight, scale = quantize(torch.randn(576, 7168))
+    assert scale.shape == (5, 56)
+    linear = FP8Linear(weight, scale, (128, 128), None)
+    x = torch.randn(2, 7168)
+    torch.testing.assert_close(linear(x), F.linear(x, dequantize(weight, scale)), rtol=1e-4, atol=1e-3)
