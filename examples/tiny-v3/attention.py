@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
 from .ops import absorbed_attention
@@ -228,6 +229,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         """Matrix `[H * (n + v), c]` and bias that `kv_b_proj` applies: its weight, or what it answers to unit vectors and 0."""
         if self._plain_kv_b():
             return self.kv_b_proj.weight.to(like.dtype), None
+        if type(self.kv_b_proj) is FP8Linear:
+            return self.kv_b_proj.dequantized_weight(like.dtype), None
         units = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, dtype=like.dtype, device=like.device)
         *rows, bias = self.kv_b_proj(units.unsqueeze(0)).squeeze(0)
         return (torch.stack(rows) - bias).transpose(0, 1), bias

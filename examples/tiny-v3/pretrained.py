@@ -22,9 +22,10 @@ from .checkpoint import (
 )
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder import DeepseekDecoderLayer
-from .fp8 import dequantized_state_dict, without_fp8
+from .fp8 import dequantized_state_dict, official_fp8_config, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
 from .moe import DeepseekExperts
+from .precision import dequantize_model, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
 from .rope import DeepseekRotaryEmbedding
 from .router import DeepseekTopkRouter
 
@@ -97,7 +98,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read."""
+        """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read, or with
+        `fp8_weights="keep"` stays in FP8 in memory."""
         if config is None and pretrained_model_name_or_path is not None:
             require_config(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         config = without_fp8(cls.config_class, pretrained_model_name_or_path, config, kwargs)
@@ -107,6 +109,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Looks at the headers first: a bad file or expert is named before anything is read."""
         block_size = model.config.__dict__.pop("_fp8_block_size", None)
+        kept = model.config.__dict__.pop("_fp8_quantization_config", None)
+        if kept is not None:
+            model.config.quantization_config = kept
         files = (
             checkpoint_files
             if state_dict is None and str((checkpoint_files or [""])[0]).endswith(".safetensors")
@@ -115,7 +120,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if files or state_dict is not None:
             shapes = safetensors_shapes(files) if files else {name: tuple(x.shape) for name, x in state_dict.items()}
             check_experts(model.config, len(model.base_model.layers), shapes, load_config.ignore_mismatched_sizes)
-        if files and block_size is not None:
+        if files and block_size is not None and model.config.fp8_weights == "keep":
+            state_dict, checkpoint_files = kept_state_dict(model, files, block_size), None
+        elif files and block_size is not None:
             # without the files, whose raw bytes would be taken for what is offloaded to disk
             state_dict, checkpoint_files = dequantized_state_dict(files, block_size, load_config.dtype), None
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
@@ -130,7 +137,35 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 "ignore_mismatched_sizes=True to initialise them anew)."
             )
         drop_absent_mtp_layers(model, model.base_model, loading_info)
+        freeze_fp8(model)
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    def quantize_fp8(self, scale_fmt: str | None = None) -> None:
+        """Puts the weights of attention, MLPs and experts into block FP8 (E4M3, 128 x 128), in place and frozen.
+
+        What stays as it is: embedding, head, norms, routers and `eh_proj`. The model saves as an official FP8 checkpoint.
+
+        Args:
+            scale_fmt: `None` for fp32 scales (V3, R1), "ue8m0" for powers of two (V3.1).
+
+        Raises:
+            ValueError: for another `scale_fmt`.
+        """
+        if scale_fmt not in (None, "ue8m0"):
+            raise ValueError(f"scale_fmt is None or 'ue8m0', got {scale_fmt!r}.")
+        quantize_model(self, scale_fmt)
+        self.config.fp8_weights = "keep"
+        self.config.quantization_config = official_fp8_config(scale_fmt)
+
+    def dequantize_fp8(self) -> None:
+        """Undoes FP8 in memory: plain weights in the dtype of the model, with the very values that FP8 stood for.
+
+        Call it before adapters are merged into weights that were kept in FP8.
+        """
+        dequantize_model(self, self.dtype)
+        self.config.fp8_weights = "dequantize"
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, state_dict: dict | None = None, **kwargs
@@ -141,6 +176,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             model_type = type(self.config).model_type
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
             state_dict = with_shared_mtp_weights(self, self.state_dict() if state_dict is None else state_dict)
+            state_dict = with_official_experts(self, state_dict)
             if is_main_process and not os.path.isfile(save_directory):
                 os.makedirs(save_directory, exist_ok=True)
                 replace_files(Path(save_directory), {file.name: file.read_bytes() for file in code_files()})

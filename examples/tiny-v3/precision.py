@@ -1,0 +1,143 @@
+"""Which modules of a model hold block-FP8 weights: made so while loading, on request, and undone."""
+
+import re
+
+import torch
+from torch import nn
+
+from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, FP8Experts, FP8Linear, FusedSlice, checkpoint_slices, quantize
+from .moe import DeepseekExperts
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+# not embedding, head, norms, router (which is no nn.Linear) and eh_proj
+_QUANTIZED = re.compile(r"layers\.\d+\.(self_attn|mlp)\.")
+_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F32": torch.float32,
+}
+
+
+def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, int]) -> dict:
+    """Puts FP8 modules into `model` (on the meta device) for what is FP8 in `files`; name -> lazy tensor, experts fused.
+
+    Raises:
+        ValueError: for a layer whose experts are FP8 in part, and as [`checkpoint_slices`].
+    """
+    slices, quantized = checkpoint_slices(files)
+    modules = dict(model.named_modules())
+    layers: dict[str, dict] = {}
+    for name in sorted(quantized):
+        match = _EXPERT.match(name)
+        if match:
+            layers.setdefault(match.group(1), {})[int(match.group(2)), match.group(3)] = name
+            continue
+        path = name.removesuffix(".weight")
+        module = modules.get(_in_model(model, path))
+        if isinstance(module, nn.Linear):
+            weight, scale = (_like(slices[key]) for key in (name, name + SCALE_SUFFIX))
+            _replace(model, _in_model(model, path), FP8Linear(weight, scale, block_size, module.bias))
+    for path, names in layers.items():
+        module = modules.get(_in_model(model, path))
+        if module is None:
+            continue
+        needed = [(expert, kind) for expert in range(module.num_experts) for kind in ("gate", "up", "down")]
+        plain = [f"{path}.{expert}.{kind}_proj.weight" for expert, kind in needed if (expert, kind) not in names]
+        if plain:
+            raise ValueError(
+                f"The experts of a layer are FP8 together or not at all: {names[min(names)]} is, {plain[0]} is not. Load with "
+                "fp8_weights='dequantize'."
+            )
+        experts = range(module.num_experts)
+        fused = {}
+        for suffix in ("", SCALE_SUFFIX):
+            gate_up = [[slices[names[e, kind] + suffix] for kind in ("gate", "up")] for e in experts]
+            down = [[slices[names[e, "down"] + suffix]] for e in experts]
+            fused["gate_up_proj" + suffix] = FusedSlice(gate_up, join_inner=not suffix)
+            fused["down_proj" + suffix] = FusedSlice(down, join_inner=True)
+            for name in names.values():
+                del slices[name + suffix]
+        slices |= {f"{path}.{name}": lazy for name, lazy in fused.items()}
+        empty = {name: _like(lazy) for name, lazy in fused.items()}
+        _replace(model, _in_model(model, path), FP8Experts(empty, block_size, model.config.hidden_act))
+    return slices
+
+
+def _in_model(model: nn.Module, path: str) -> str:
+    """A checkpoint's module path in `model`, which may be the bare decoder."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path
+
+
+def _like(lazy) -> torch.Tensor:
+    return torch.empty(lazy.get_shape(), dtype=_DTYPES[lazy.get_dtype()], device="meta")
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def fp8_modules(model: nn.Module) -> dict[str, FP8Linear | FP8Experts]:
+    """Path -> module that keeps FP8 weights."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, (FP8Linear, FP8Experts))}
+
+
+def freeze_fp8(model: nn.Module) -> None:
+    for module in fp8_modules(model).values():
+        module.requires_grad_(False)
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, scale_fmt: str | None, block_size: tuple[int, int] = DEFAULT_BLOCK) -> None:
+    """Puts FP8 modules in the place of every linear layer and expert of the decoder layers, as the official checkpoints have it."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, DeepseekExperts):
+            _replace(model, path, _quantized_experts(module, scale_fmt, block_size, model.config.hidden_act))
+        elif type(module) is nn.Linear and _QUANTIZED.search(path):
+            weight, scale = quantize(module.weight, block_size, scale_fmt)
+            _replace(model, path, FP8Linear(weight, scale, block_size, module.bias))
+
+
+def _quantized_experts(module: DeepseekExperts, scale_fmt, block_size, hidden_act: str) -> FP8Experts:
+    found = {name: [] for name in ("gate_up_proj", "gate_up_proj_scale_inv", "down_proj", "down_proj_scale_inv")}
+    for gate_up, down in zip(module.gate_up_proj, module.down_proj, strict=True):
+        pairs = [quantize(part, block_size, scale_fmt) for part in gate_up.chunk(2)]
+        found["gate_up_proj"].append(torch.cat([weight.view(torch.uint8) for weight, _ in pairs]))
+        found["gate_up_proj_scale_inv"].append(torch.stack([scale for _, scale in pairs]))
+        weight, scale = quantize(down, block_size, scale_fmt)
+        found["down_proj"].append(weight.view(torch.uint8))
+        found["down_proj_scale_inv"].append(scale)
+    fused = {name: torch.stack(parts) for name, parts in found.items()}
+    fused |= {name: fused[name].view(torch.float8_e4m3fn) for name in ("gate_up_proj", "down_proj")}
+    return FP8Experts(fused, block_size, hidden_act)
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts plain linear layers and experts in the place of FP8 modules, with the same values in `dtype`."""
+    for path, module in fp8_modules(model).items():
+        if isinstance(module, FP8Linear):
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(module.dequantized_weight(dtype))
+            plain.bias = module.bias
+        else:
+            with torch.device("meta"):
+                plain = DeepseekExperts(model.config)
+            plain.gate_up_proj = nn.Parameter(module.dequantized("gate_up_proj", dtype))
+            plain.down_proj = nn.Parameter(module.dequantized("down_proj", dtype))
+        _replace(model, path, plain.train(module.training))
+
+
+def with_official_experts(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` with every fused FP8 expert, weights and scales, under its own official names."""
+    state_dict = dict(state_dict)
+    for path, module in fp8_modules(model).items():
+        if isinstance(module, FP8Experts):
+            for name in module.state_dict():
+                state_dict.pop(f"{path}.{name}", None)
+            for expert in range(module.num_experts):
+                for name, pair in module.weights_of(expert).items():
+                    key = f"{path}.{expert}.{name}.weight"
+                    state_dict[key], state_dict[key + SCALE_SUFFIX] = (tensor.contiguous() for tensor in pair)
+    return state_dict
