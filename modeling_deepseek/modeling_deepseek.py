@@ -283,11 +283,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 losses.append(rows_loss(mtp_logits[depth - 1], targets, items))
                 continue
             parts = zip(states.flatten(0, 1).split(MTP_LOSS_ROWS), targets.flatten().split(MTP_LOSS_ROWS), strict=True)
-            losses.append(
-                sum(
-                    checkpoint(head_loss, *part, items, use_reentrant=False, preserve_rng_state=False) for part in parts
-                )
-            )
+            losses.append(sum(checkpoint(head_loss, *part, items, use_reentrant=False) for part in parts))
         return tuple(losses)
 
     def add_mtp_layers(self, num_layers: int = 1) -> None:

@@ -125,9 +125,13 @@ class Chooser:
 
 
 class _Recorder:
-    """Keeps what the decoder is given and what it returns, while the model is called in the usual way."""
+    """Keeps what the decoder is given with `cache` and what it returns, while the model is called in the usual way.
 
-    def __init__(self, decoder: nn.Module):
+    Another thread may generate with the same model: its calls have another cache.
+    """
+
+    def __init__(self, decoder: nn.Module, cache: Cache):
+        self.cache = cache
         self.calls: list[tuple[dict, torch.Tensor]] = []
         self.handle = decoder.register_forward_hook(self._record, with_kwargs=True)
 
@@ -138,7 +142,8 @@ class _Recorder:
         self.handle.remove()
 
     def _record(self, _decoder: nn.Module, _args: tuple, kwargs: dict, output) -> None:
-        self.calls.append((kwargs, output[0]))
+        if kwargs.get("past_key_values") is self.cache:
+            self.calls.append((kwargs, output[0]))
 
     def take(self, *names: str) -> tuple[torch.Tensor | None, ...]:
         """Last hidden states `[B, S, d]` of the calls since the last `take`, and their arguments of these names."""
@@ -294,7 +299,7 @@ def decode(
         probs.clear()
         return tokens, counts
 
-    with _Recorder(decoder) as recorder, model._optimize_model_for_decode():
+    with _Recorder(decoder, cache) as recorder, model._optimize_model_for_decode():
         logits = model._prefill(input_ids, config, model_kwargs).logits[:, -1:]
         states, ids, embeds, position_ids = recorder.take("input_ids", "inputs_embeds", "position_ids")
         if position_ids is None:

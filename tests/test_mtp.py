@@ -457,3 +457,14 @@ def test_merged_adapters_are_saved_with_their_mtp_layer(tmp_path):
     merged.save_pretrained(tmp_path)
     (found,) = type(merged).from_pretrained(tmp_path)(ids, output_mtp_logits=True).mtp_logits
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_an_adapted_head_drops_the_same_values_in_both_passes():
+    config = LoraConfig(target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(tiny_model("v3", num_nextn_predict_layers=1), config).train()
+    ids, found = tiny_tokens(model.config), []
+    for asked in (False, True):  # logits that are asked for are computed once
+        torch.manual_seed(0)
+        model(input_ids=ids, labels=ids, use_cache=False, output_mtp_logits=asked).mtp_loss[0].backward()
+        found.append(gradients(model))
+    assert_same_gradients(*found)

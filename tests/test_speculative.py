@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -328,6 +329,16 @@ def test_no_hook_stays_behind_after_an_error():
     with pytest.raises(RuntimeError, match="halt"):
         model.generate(prompts(model, 1)["input_ids"], use_mtp=True, max_new_tokens=4, logits_processor=[fail])
     assert not model.model._forward_hooks
+
+
+def test_threads_may_share_a_model():
+    model = make()
+    inputs = [prompts(model, 1, seed=seed) for seed in range(4)]
+    options = dict(max_new_tokens=16, eos_token_id=None)
+    expected = [model.generate(**each, **options) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: model.generate(**each, **options, use_mtp=True), inputs))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_nothing_is_read_from_disk(monkeypatch):
