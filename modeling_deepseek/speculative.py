@@ -22,10 +22,13 @@ from transformers.generation.logits_process import (
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
@@ -47,13 +50,19 @@ _CONTEXT_FREE = (
     TypicalLogitsWarper,
 )
 
+# They remember what they were asked before, and would be asked about tokens that are rejected afterwards.
+_STATEFUL = {
+    SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+}
+
 
 @dataclass
 class MTPStats(ModelOutput):
     """What came of the drafts.
 
-    drafted `[batch]`: drafts that the main model judged and the row had room for.
-    accepted `[batch]`: those among them that stand in the result.
+    drafted `[batch]`: drafts for places that the row's result has.
+    accepted `[batch]`: those among them that stand in it.
     acceptance_rate (`float`): accepted / drafted over all rows, 0 without drafts.
     """
 
@@ -70,29 +79,53 @@ class DeepseekGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class Chooser:
-    """Turns logits into tokens: the logits processors of `generate`, then the best token or a sampled one."""
+    """Turns logits into tokens: the logits processors of `generate`, then the best token or a sampled one.
+
+    Processors must be functions of the tokens and scores they are given, as they are also asked about drafts.
+
+    Raises:
+        ValueError: for a processor of transformers that is not.
+    """
 
     def __init__(self, processors: LogitsProcessorList, sample: bool):
-        self.processors, self.sample = processors, sample
+        for processor in processors:
+            if type(processor) in _STATEFUL:
+                raise ValueError(
+                    f"use_mtp=True asks the logits processors about drafts too, and {type(processor).__name__} remembers what it "
+                    f"was asked: drop {_STATEFUL[type(processor)]} or use_mtp."
+                )
+        self.sample, self.asked = sample, []
         self.context_free = all(type(processor) in _CONTEXT_FREE for processor in processors)
+        self.processors = LogitsProcessorList(map(self._restricted, processors))
 
-    def scores(self, logits: torch.Tensor, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Processed fp32 scores `[B, m, V]`; place j of row r follows `ids[r, : lengths[r] + j]`.
+    def _restricted(self, processor):
+        """A `prefix_allowed_tokens_fn` may fail for a text that cannot occur: it is not asked about the rows beside."""
+        if type(processor) is not PrefixConstrainedLogitsProcessor:
+            return processor
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(
+            lambda row, ids: allowed(row, ids) if row in self.asked else [0], num_beams=1
+        )
 
-        The processors see what they would see without drafts: one length at a time, all rows, the row's own tokens.
+    def scores(self, logits: torch.Tensor, text: Sequences, place: int = 0) -> torch.Tensor:
+        """Processed fp32 scores `[B, m, V]` of the tokens that follow `place`, place + 1, ... drafts in every row.
+
+        As without drafts the processors see one length at a time, all rows, and the row's own tokens; a row beside it that is
+        shorter has padding at its end. A place that a row cannot reach (no room, or behind a drafted end) keeps its logits.
         """
-        logits = logits.float()
+        logits = logits.to(text.ids.device, torch.float, copy=True)
         if not self.processors:
             return logits
         if self.context_free:
-            return self.processors(ids, logits.flatten(0, 1)).view_as(logits)
-        scores = torch.empty_like(logits)
-        for place in range(logits.shape[1]):
-            for length in set(lengths):
-                rows = [row for row, own in enumerate(lengths) if own == length]
-                processed = self.processors(ids[:, : length + place], logits[:, place].clone())
-                scores[rows, place] = processed[rows]
-        return scores
+            return self.processors(text.ids, logits.flatten(0, 1)).view_as(logits)
+        for j in range(logits.shape[1]):
+            waiting = text.waiting(place + j)
+            given = logits[:, j].clone()
+            for length in {text.lengths[row] for row in waiting}:
+                self.asked = [row for row in waiting if text.lengths[row] == length]
+                processed = self.processors(text.shown(length + place + j, self.asked), given.clone())
+                logits[self.asked, j] = processed[self.asked]
+        return logits
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, V]` -> tokens `[B]`, and the distribution that they were drawn from."""
@@ -125,13 +158,13 @@ class Chooser:
 
 
 class _Recorder:
-    """Keeps what the decoder is given with `cache` and what it returns, while the model is called in the usual way.
+    """Keeps what the decoder is given and what it returns, while the model is called in the usual way.
 
-    Another thread may generate with the same model: its calls have another cache.
+    As soon as the cache is known, calls with another one are left out: they belong to another thread.
     """
 
-    def __init__(self, decoder: nn.Module, cache: Cache):
-        self.cache = cache
+    def __init__(self, decoder: nn.Module):
+        self.cache: Cache | None = None
         self.calls: list[tuple[dict, torch.Tensor]] = []
         self.handle = decoder.register_forward_hook(self._record, with_kwargs=True)
 
@@ -142,15 +175,15 @@ class _Recorder:
         self.handle.remove()
 
     def _record(self, _decoder: nn.Module, _args: tuple, kwargs: dict, output) -> None:
-        if kwargs.get("past_key_values") is self.cache:
+        if self.cache is None or kwargs.get("past_key_values") is self.cache:
             self.calls.append((kwargs, output[0]))
 
-    def take(self, *names: str) -> tuple[torch.Tensor | None, ...]:
-        """Last hidden states `[B, S, d]` of the calls since the last `take`, and their arguments of these names."""
-        given = [[kwargs.get(name) for kwargs, _ in self.calls] for name in names]
-        states = torch.cat([states for _, states in self.calls], dim=1)
+    def take(self, cache: Cache) -> tuple[torch.Tensor, list[dict]]:
+        """Last hidden states `[B, S, d]` of the calls with `cache` since the last `take`, and the arguments of each."""
+        self.cache = cache
+        calls = [call for call in self.calls if call[0].get("past_key_values") is cache]
         self.calls.clear()
-        return states, *(None if parts[0] is None else torch.cat(parts, dim=1) for parts in given)
+        return torch.cat([states for _, states in calls], dim=1), [kwargs for kwargs, _ in calls]
 
 
 class _Steps:
@@ -168,6 +201,49 @@ class _Steps:
                 self.steps += (torch.zeros_like(scores[:, 0], dtype=torch.float),)
             for j in range(count):
                 self.steps[start + j][row] = scores[row, j]
+
+
+class _Referee:
+    """Decides which tokens are drafted and which of them stand, and keeps what `generate` reports of it."""
+
+    def __init__(self, chooser: Chooser, text: Sequences, config: GenerationConfig):
+        self.chooser, self.text = chooser, text
+        kept = config.return_dict_in_generate
+        self.scores, self.logits = _Steps(kept and config.output_scores), _Steps(kept and config.output_logits)
+        self.offered: list[torch.Tensor | None] = []  # what the drafts of this round were drawn from
+        self.rounds: list[tuple[int, list[int], list[int]]] = []  # drafts, lengths before, drafts that were right
+
+    def draft(self, logits: torch.Tensor, place: int) -> torch.Tensor:
+        """Chooses the draft `[B]` behind `place` drafts by `logits` `[B, V]`."""
+        scores = self.chooser.scores(logits[:, None], self.text, place)
+        tokens, offered = self.chooser.choose(scores[:, 0])
+        self.text.write(tokens[:, None], place)
+        self.offered.append(offered)
+        return tokens.to(logits.device)
+
+    def decide(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Lets the main model's `logits` `[B, m, V]` judge the m - 1 drafts: tokens `[B, m]`, and how many each row got."""
+        text, number = self.text, logits.shape[1] - 1
+        scores = self.chooser.scores(logits, text)
+        offered = torch.stack(self.offered, dim=1) if number and self.chooser.sample else scores[:, :0]
+        self.offered.clear()
+        right, tokens = self.chooser.judge(text.at(0, number), offered, scores)
+        self.rounds.append((number, text.lengths, right.tolist()))
+        start = [length - text.prompt for length in text.lengths]
+        counts = [min(count + 1, room) for count, room in zip(right.tolist(), text.rooms, strict=True)]
+        self.scores.add(scores, start, counts)
+        self.logits.add(logits.to(scores), start, counts)
+        return tokens, text.grow(tokens, counts, self.scores.steps)
+
+    def stats(self) -> MTPStats:
+        drafted, accepted = torch.zeros(2, len(self.text.lengths), dtype=torch.long)
+        for row, end in enumerate(self.text.limits):
+            for number, lengths, right in self.rounds:
+                room = max(0, end - lengths[row])
+                drafted[row] += min(number, room)
+                accepted[row] += min(right[row], room)
+        rate = accepted.sum().item() / max(1, drafted.sum().item())
+        return MTPStats(drafted=drafted, accepted=accepted, acceptance_rate=rate)
 
 
 class MTPGenerationMixin(GenerationMixin):
@@ -212,16 +288,23 @@ def check_request(config, mode: GenerationMode, generation_config: GenerationCon
             "checkpoint that has them, or add and train them (add_mtp_layers)."
         )
     given = {
-        name: getattr(generation_config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+        name: getattr(generation_config, name, None)
+        for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight")
     }
     given["assistant_model"] = mode_kwargs.get("assistant_model")
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"use_mtp=True and {name} both propose tokens: drop one of the two.")
+            raise ValueError(f"use_mtp=True drafts by itself, and {name} is for other ones: drop one of the two.")
     if mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"use_mtp=True works with greedy search and sampling, and these arguments ask for {mode.value}: drop use_mtp, or what "
             "asks for it (num_beams, penalty_alpha, dola_layers, ...)."
+        )
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"use_mtp=True needs positions that stay what they are while the text grows; rope_type {rope_type!r} changes them: "
+            "drop use_mtp."
         )
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
@@ -261,92 +344,77 @@ def decode(
     inputs_tensor: torch.Tensor | None = None,
     **model_kwargs,
 ) -> DeepseekGenerateOutput | torch.LongTensor:
-    """The loop behind `generate(..., use_mtp=True)`; its arguments are as `generate` prepares them."""
-    config, cache, batch = generation_config, model_kwargs["past_key_values"], input_ids.shape[0]
+    """The loop behind `generate(..., use_mtp=True)`; its arguments are as `generate` prepares them.
+
+    In the cache that it returns, slots behind a row's last token but one hold nothing that can be used.
+    """
+    config, cache, mask = generation_config, model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    chooser = Chooser(logits_processor, config.do_sample)
+    unseen = 0 if mask is None else mask.shape[1] - input_ids.shape[1]  # in the cache, and not among the ids
     check_can_shrink(cache)
+    static_capacity(cache, len(input_ids), config.max_length + unseen - 1)
     decoder, most = model.get_decoder(), config.num_assistant_tokens
     others = {name: value for name, value in model_kwargs.items() if name not in _HANDLED}
-    chooser = Chooser(logits_processor, config.do_sample)
-    text = Sequences(input_ids, stopping_criteria, config.max_length, most + 1, config._pad_token_tensor, streamer)
-    kept = config.return_dict_in_generate
-    kept_scores, kept_logits = _Steps(kept and config.output_scores), _Steps(kept and config.output_logits)
-    drafted, accepted = [0] * batch, [0] * batch
-    probs: list[torch.Tensor] = []
+    text = Sequences(input_ids, stopping_criteria, config.max_length, config._pad_token_tensor, streamer)
+    referee = _Referee(chooser, text, config)
 
-    def draft(logits: torch.Tensor, place: int) -> torch.Tensor:
-        lengths = [length + place for length in text.lengths]
-        scores = chooser.scores(logits[:, None].to(text.ids.device), text.ids, lengths)
-        tokens, offered = chooser.choose(scores[:, 0])
-        text.write(tokens[:, None], place)
-        probs.append(offered)
-        return tokens.to(logits.device)
-
-    def judge(logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Lets the main model's `logits` `[B, m, V]` decide on the m - 1 drafts: tokens `[B, m]`, and how many each row got."""
-        number = logits.shape[1] - 1
-        logits = logits.to(text.ids.device, torch.float, copy=True)
-        scores = chooser.scores(logits, text.ids, text.lengths)
-        offered = torch.stack(probs, dim=1) if number and config.do_sample else scores[:, :0]
-        right, tokens = chooser.judge(text.at(0, number), offered, scores)
-        right, rooms, start = right.tolist(), text.rooms, [length - text.prompt for length in text.lengths]
-        counts = [min(count + 1, room) for count, room in zip(right, rooms, strict=True)]
-        kept_scores.add(scores, start, counts)
-        kept_logits.add(logits, start, counts)
-        counts = text.grow(tokens, counts, kept_scores.steps)
-        for row in range(batch):
-            drafted[row] += min(number, rooms[row])
-            accepted[row] += min(right[row], counts[row])
-        probs.clear()
-        return tokens, counts
-
-    with _Recorder(decoder, cache) as recorder, model._optimize_model_for_decode():
-        logits = model._prefill(input_ids, config, model_kwargs).logits[:, -1:]
-        states, ids, embeds, position_ids = recorder.take("input_ids", "inputs_embeds", "position_ids")
+    with _Recorder(decoder) as recorder:
+        outputs = model._prefill(input_ids, config, model_kwargs)
+        cache = outputs.past_key_values  # with prefix tuning not the one it was given
+        check_can_shrink(cache)
+        states, calls = recorder.take(cache)
+        prompt = {name: [call.get(name) for call in calls] for name in ("input_ids", "inputs_embeds", "position_ids")}
+        prompt = {name: None if parts[0] is None else torch.cat(parts, dim=1) for name, parts in prompt.items()}
+        position_ids, embeds = prompt["position_ids"], prompt["inputs_embeds"]
         if position_ids is None:
-            position_ids = (
-                torch.arange(states.shape[1], device=states.device)[None] + cache.get_seq_length() - states.shape[1]
-            )
-        position_ids = position_ids.expand(batch, -1)
-        rows = RaggedRows(cache, model_kwargs.get("attention_mask"), position_ids[:, -1])
-        unseen = rows.end - input_ids.shape[1]  # in the cache, and not among the ids
-        capacity = static_capacity(cache, batch, config.max_length + unseen - 1)
+            past = int(cache.get_seq_length()) - states.shape[1]
+            position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
+        position_ids = position_ids.expand(len(input_ids), -1)
+        seen = calls[-1].get("attention_mask")  # wider than `mask` with prompt tuning; with a static cache it is 4-D
+        rows = RaggedRows(cache, seen if seen is not None and seen.ndim == 2 else mask, position_ids[:, -1])
+        unseen = rows.end - input_ids.shape[1]
+        capacity = static_capacity(cache, len(input_ids), config.max_length + unseen - 1)
         drafter = MTPDrafter(model, rows, states.shape[1], most)
-        tokens, _ = judge(logits)
-        following = decoder.embed_tokens(tokens.to(states.device))
-        embeds = decoder.embed_tokens(ids) if embeds is None else embeds
-        embeds, counts = torch.cat((embeds[:, 1:], following), dim=1), [states.shape[1]] * batch
 
-        while model._has_unfinished_sequences(not any(text.rooms), synced_gpus, device=input_ids.device):
-            number = most if synced_gpus else min(most, max(text.rooms) - 1)  # ranks must call the same modules
-            if capacity is not None:
-                number = min(number, capacity - rows.end - 1)
-            if number:
-                drafter.propose(number, states, embeds, counts, draft, position_ids)
-            logits = model(
-                input_ids=text.at(-1, number + 1).to(states.device),
-                attention_mask=rows.mask(number + 1),
-                position_ids=rows.positions(number + 1),
-                past_key_values=cache,
-                use_cache=True,
-                **others,
-            ).logits
-            states, position_ids = *recorder.take(), None
-            tokens, counts = judge(logits)
-            rows.keep(counts, number + 1)
-            embeds = decoder.embed_tokens(tokens.to(states.device))
+        def room_for_drafts() -> int:
+            number = most if synced_gpus else max(0, min(most, max(text.rooms) - 1))  # ranks must call the same modules
+            return number if capacity is None else max(0, min(number, capacity - rows.end - 1))
+
+        tokens, counts = referee.decide(outputs.logits[:, -1:])
+        del outputs
+        number = room_for_drafts()
+        if number:
+            embeds = decoder.embed_tokens(prompt["input_ids"]) if embeds is None else embeds
+            embeds = torch.cat((embeds[:, 1:], decoder.embed_tokens(tokens.to(states.device))), dim=1)
+            drafter.read_prompt(number, states, embeds, position_ids, referee.draft, config.prefill_chunk_size)
+        with model._optimize_model_for_decode():  # for few tokens at a time, unlike the prompt
+            while model._has_unfinished_sequences(not any(text.rooms), synced_gpus, device=input_ids.device):
+                logits = model(
+                    input_ids=text.at(-1, number + 1).to(states.device),
+                    attention_mask=rows.mask(number + 1),
+                    position_ids=rows.positions(number + 1),
+                    past_key_values=cache,
+                    use_cache=True,
+                    **others,
+                ).logits
+                states, _ = recorder.take(cache)
+                tokens, counts = referee.decide(logits)
+                rows.keep(counts, number + 1)
+                number = room_for_drafts()
+                if number:
+                    embeds = decoder.embed_tokens(tokens.to(states.device))
+                    drafter.propose(number, states, embeds, counts, referee.draft)
 
     length = max(text.limits)
-    rows.cut([length + unseen - 1] * batch)
+    rows.cut([length + unseen - 1] * len(input_ids))
     if streamer is not None:
         streamer.end()
-    if not kept:
+    if not config.return_dict_in_generate:
         return text.padded(length)
-    drafted, accepted = torch.tensor(drafted), torch.tensor(accepted)
-    rate = accepted.sum().item() / max(1, drafted.sum().item())
     return DeepseekGenerateOutput(
         sequences=text.padded(length),
-        scores=kept_scores.steps and kept_scores.steps[: length - text.prompt],
-        logits=kept_logits.steps and kept_logits.steps[: length - text.prompt],
+        scores=referee.scores.steps and referee.scores.steps[: length - text.prompt],
+        logits=referee.logits.steps and referee.logits.steps[: length - text.prompt],
         past_key_values=cache,
-        mtp_stats=MTPStats(drafted=drafted, accepted=accepted, acceptance_rate=rate),
+        mtp_stats=referee.stats(),
     )

@@ -20,7 +20,7 @@ class MTPLossWeightCallback(TrainerCallback):
 
     Raises:
         ValueError: for weights that do not start at 0, are out of order or negative; for another unit; when training begins, for
-            a model without MTP layers and for tokens that are not counted.
+            a model without MTP layers, for tokens that are not counted, and where Trainer keeps the labels from the model.
     """
 
     def __init__(self, weights: dict[int, float], unit: str = "steps"):
@@ -38,6 +38,11 @@ class MTPLossWeightCallback(TrainerCallback):
                 f"MTPLossWeightCallback: {type(model).__name__} has no MTP layers (config.num_nextn_predict_layers). Leave the "
                 "callback out, or add layers with model.add_mtp_layers()."
             )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"MTPLossWeightCallback: under label_smoothing_factor={args.label_smoothing_factor} Trainer computes the loss "
+                "itself, without the MTP layers: set it to 0."
+            )
         if self.unit == "tokens" and args.include_num_input_tokens_seen in (False, "no"):
             raise ValueError(
                 "MTPLossWeightCallback(unit='tokens') reads the tokens that Trainer counts: set "
@@ -53,26 +58,28 @@ class MTPLossWeightCallback(TrainerCallback):
 class LossPartsCallback(TrainerCallback):
     """Logs what `loss` is made of beside it: `lm_loss`, and `mtp_loss` or one `mtp_loss_k` per depth.
 
-    They are means since the last log, over all ranks, on the scale of `loss`. Reporters of `report_to` hear of a log before the
-    callbacks that are passed to `Trainer`; to have the parts in them too, put this one first:
-    `trainer.callback_handler.callbacks.insert(0, LossPartsCallback())`.
+    They are means since the last log, over all ranks, on the scale of `loss`; a step without MTP loss counts as 0. Reporters of
+    `report_to` hear of a log before the callbacks that are passed to `Trainer`; to have the parts in them too, put this one
+    first: `trainer.callback_handler.callbacks.insert(0, LossPartsCallback())`.
     """
 
     def __init__(self):
         self.sums, self.hook = None, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)  # of a run that an error ended
         self.sums = None
         self.hook = model.register_forward_hook(self._add)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.hook.remove()
+        if self.hook is not None:
+            self.hook.remove()
 
     def _add(self, model: torch.nn.Module, _inputs: tuple, output) -> None:
         if not model.training or getattr(output, "lm_loss", None) is None:
             return
         parts = torch.stack([output.loss, output.lm_loss, *(output.mtp_loss or ())]).detach().float()
-        if self.sums is not None and len(self.sums) != len(parts):  # a text shorter than the depths has fewer
+        if self.sums is not None and len(self.sums) != len(parts):  # the weight of the MTP loss was 0
             parts = torch.nn.functional.pad(parts, (0, max(0, len(self.sums) - len(parts))))
             self.sums = torch.nn.functional.pad(self.sums, (0, max(0, len(parts) - len(self.sums))))
         self.sums = parts if self.sums is None else self.sums + parts

@@ -113,15 +113,6 @@ def test_hidden_states_of_all_depths_equal_a_loop_over_positions(family, depths)
         previous = states
 
 
-@pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_text_shorter_than_the_depths_has_fewer_of_them(length):
-    model = tiny_model("v3", "Model", num_nextn_predict_layers=2)
-    states = torch.randn(1, length, 48)
-    assert [s.shape[1] for s in model.mtp_hidden_states(states, states)] == [
-        n for n in (length - 1, length - 2) if n > 0
-    ]
-
-
 @pytest.mark.parametrize("depths", [1, 2])
 def test_left_padding_changes_nothing(depths):
     model = tiny_model("v3", num_nextn_predict_layers=depths)
@@ -442,6 +433,18 @@ def test_with_all_else_frozen_the_added_layers_alone_learn():
     assert changed == {name for name in before if ".layers.3." in name}
 
 
+def test_added_layers_are_trained_like_those_beside_them():
+    model = tiny_model("v3").train()
+    model.gradient_checkpointing_enable()
+    model.add_mtp_layers()
+    layer, runs = model.model.layers[-1], []
+    assert layer.training
+    layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+    ids = tiny_tokens(model.config)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(runs) == 2  # once more in the backward pass
+
+
 @pytest.mark.parametrize("number", [0, -1, 1.5, True])
 def test_a_number_of_layers_that_is_none_is_refused(number):
     with pytest.raises(ValueError, match="num_layers is the number of MTP layers to add"):
@@ -468,3 +471,46 @@ def test_an_adapted_head_drops_the_same_values_in_both_passes():
         model(input_ids=ids, labels=ids, use_cache=False, output_mtp_logits=asked).mtp_loss[0].backward()
         found.append(gradients(model))
     assert_same_gradients(*found)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_depths_beyond_the_text_take_part_with_a_loss_of_zero(length):
+    model = tiny_model("v3", num_nextn_predict_layers=3).train()
+    ids = tiny_tokens(model.config, length=length)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    output = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False, output_mtp_logits=True)
+    assert [logits.shape[1] for logits in output.mtp_logits] == [length - 1, max(0, length - 2), max(0, length - 3)]
+    assert [loss.item() > 0 for loss in output.mtp_loss] == [length > 2, False, False]
+    sum(output.mtp_loss).backward()
+    for layer in model.model.layers[3:]:
+        unused = [name for name, parameter in layer.named_parameters() if parameter.grad is None]
+        assert not unused
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_depths_behind_a_cache_that_they_cannot_see_are_refused():
+    model = tiny_model("v3", num_nextn_predict_layers=1)
+    ids = tiny_tokens(model.config)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values holds 6 tokens.*drop output_mtp_logits"):
+        model(ids[:, 6:], past_key_values=cache, output_mtp_logits=True)
+    with pytest.raises(ValueError, match="mtp_loss_weight = 0"):
+        model.train()(ids[:, 6:], past_key_values=cache, labels=ids[:, 6:])
+    assert cache.get_seq_length() == 6
+    model.eval()(ids[:, 6:], past_key_values=cache, labels=ids[:, 6:])
+
+
+@pytest.mark.parametrize(("weight", "frozen", "warned"), [(0.3, False, True), (0.0, False, False), (0.3, True, False)])
+def test_a_step_that_leaves_the_mtp_layers_untrained_says_so(weight, frozen, warned, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_deepseek.modeling_deepseek.logger.warning_once", said.append)
+    model = tiny_model("v3", num_nextn_predict_layers=1, mtp_loss_weight=weight).train()
+    model.model.layers[-1].requires_grad_(not frozen)
+    ids = tiny_tokens(model.config)
+    model(ids, labels=ids, use_cache=False)
+    model(ids, use_cache=False)
+    model.eval()(ids)
+    assert [message.startswith("The MTP layers are trained by forward(labels=...)") for message in said] == [
+        True
+    ] * warned

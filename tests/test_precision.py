@@ -243,3 +243,14 @@ def test_a_projection_of_v3_has_five_rows_of_scales():
     linear = FP8Linear(weight, scale, (128, 128), None)
     x = torch.randn(2, 7168)
     torch.testing.assert_close(linear(x), F.linear(x, dequantize(weight, scale)), rtol=1e-4, atol=1e-3)
+
+
+def test_mtp_layers_may_be_added_to_weights_that_are_kept(tmp_path):
+    model = load("keep", dtype=torch.bfloat16)
+    model.add_mtp_layers()
+    layer = model.model.layers[-1]
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
+    (*_, expected) = model(IDS, output_mtp_logits=True).mtp_logits
+    model.save_pretrained(tmp_path)
+    (*_, found) = load("keep", tmp_path, dtype=torch.bfloat16)(IDS, output_mtp_logits=True).mtp_logits
+    torch.testing.assert_close(found, expected)

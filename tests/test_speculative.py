@@ -3,45 +3,26 @@
 import inspect
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, StaticCache, StoppingCriteria
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+)
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, QuantizedLayer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
+from drafting import EOS, NEW, PAD, both, make, prompts
 from modeling_deepseek import DeepseekV3ForCausalLM, LatentCache
-from modeling_deepseek.drafter import MTPDrafter
 from modeling_deepseek.speculative import Chooser
-from tiny import tiny_model, tiny_tokens
-
-PAD, EOS = 2, 1
-NEW = 24
-
-
-def make(family: str = "v3", depths: int = 1, **overrides):
-    """A model of so few words that drafts are often right by chance."""
-    model = tiny_model(family, num_nextn_predict_layers=depths, **dict(vocab_size=7) | overrides)
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=PAD, eos_token_id=EOS)
-    return model
-
-
-def prompts(model, rows: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
-    """`input_ids` `[rows, length]` padded on the left by 0, 1, 2, ... tokens, and their mask."""
-    ids = tiny_tokens(model.config, rows, length, seed=seed)
-    mask = (torch.arange(length) >= torch.arange(rows)[:, None] % (length - 1)).long()
-    return dict(input_ids=ids.where(mask == 1, PAD), attention_mask=mask)
-
-
-def both(model, inputs: dict, **options) -> tuple:
-    """What `generate` gives without and with drafts."""
-    options = dict(max_new_tokens=NEW, return_dict_in_generate=True) | options
-    number = options.pop("num_assistant_tokens", None)
-    plain = model.generate(**inputs, **options)
-    return plain, model.generate(**inputs, **options, use_mtp=True, num_assistant_tokens=number)
-
 
 # --- greedy -----------------------------------------------------------------------------------------------------------
 
@@ -88,6 +69,59 @@ def test_rules_of_generate_hold_with_drafts(options, rows):
     model = make(depths=2)
     plain, drafted = both(model, prompts(model, rows), num_assistant_tokens=3, **options)
     assert torch.equal(plain.sequences, drafted.sequences)
+
+
+class Asked:
+    """A `prefix_allowed_tokens_fn` that knows `texts` and fails for what cannot be asked without drafts."""
+
+    def __init__(self, texts: list[list[int]], prompt: int):
+        self.texts, self.prompt, self.rows = texts, prompt, set()
+
+    def __call__(self, row: int, ids: torch.Tensor) -> list[int]:
+        self.rows.add(row)
+        text = ids.tolist()[self.prompt :]
+        if EOS in text:
+            assert set(text[text.index(EOS) + 1 :]) <= {PAD}
+            return [PAD]
+        allowed = sorted({known[len(text)] for known in self.texts if known[: len(text)] == text})
+        assert allowed, text
+        return allowed
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_prefix_function_is_asked_only_about_texts_that_can_occur(rows, number):
+    model, random = make(), Random(0)
+    texts = [[*text[: random.randint(1, 5)], EOS] for text in itertools.product((3, 4, 5, 6), repeat=5)]
+    for seed in range(6):
+        asked = Asked(texts, 9)
+        plain, drafted = both(model, prompts(model, rows, seed=seed), prefix_allowed_tokens_fn=asked)
+        assert torch.equal(plain.sequences, drafted.sequences)
+        assert asked.rows == set(range(rows))
+
+
+class Watched(LogitsProcessor):
+    """Keeps every row's texts that it is asked about, as far as they are no padding, and how often."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, input_ids, scores):
+        self.texts += [(row, *ids.tolist()) for row, ids in enumerate(input_ids)]
+        return scores
+
+
+def test_processors_see_all_rows_at_the_length_of_the_row_in_question():
+    model, watched = make(), Watched()
+    options = dict(logits_processor=[watched], num_assistant_tokens=2)
+    _, drafted = both(model, prompts(model, 4, seed=1), **options)
+    ended = {row: tuple(ids) for row, ids in enumerate(drafted.sequences.tolist())}
+    for row, *text in watched.texts:
+        generated = text[9:]
+        inside = generated[: generated.index(EOS)] if EOS in generated else generated
+        if EOS in generated:  # a row that has ended shows its text and padding, as without drafts
+            assert tuple(text[: 9 + len(inside)]) == ended[row][: 9 + len(inside)]
+            assert set(generated[len(inside) + 1 :]) <= {PAD}
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
@@ -200,6 +234,37 @@ def test_the_cache_that_is_returned_holds_the_tokens_that_are(rows):
             torch.testing.assert_close(ours.keys[row, :, :held], theirs.keys[row, :, :held], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_packed_prompts_go_on_from_their_last_document(rows):
+    model = make(depths=2)
+    positions = torch.cat((torch.arange(4), torch.arange(5))).expand(rows, -1).contiguous()
+    positions[0] = torch.cat((torch.arange(6), torch.arange(3)))
+    for seed in range(8):
+        inputs = dict(input_ids=prompts(model, 8, seed=seed)["input_ids"][:rows].clamp(min=3), position_ids=positions)
+        for size in (None, 4):
+            plain, drafted = both(model, inputs, prefill_chunk_size=size, num_assistant_tokens=3)
+            assert torch.equal(plain.sequences, drafted.sequences), seed
+
+
+TUNING = {
+    "prefix": ("moe16b", lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+    "prompt": ("v3", lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "encoder": ("v3", lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("family", "config"), TUNING.values(), ids=TUNING)
+def test_tuned_prompts_are_read_like_without_drafts(family, config, rows):
+    torch.manual_seed(0)
+    model = get_peft_model(make(family, depths=2), config()).eval()
+    for seed in range(6):
+        options = dict(num_assistant_tokens=3, eos_token_id=[EOS, None][seed % 2])
+        plain, drafted = both(model, prompts(model, rows, seed=seed), **options)
+        assert torch.equal(plain.sequences, drafted.sequences), seed
+    assert drafted.mtp_stats.drafted.sum() > 0
+
+
 def test_adapters_draft_too():
     model = make()
     model = get_peft_model(model, LoraConfig(target_modules=["q_b_proj", "o_proj", "kv_b_proj", "eh_proj"])).eval()
@@ -210,73 +275,7 @@ def test_adapters_draft_too():
     assert torch.equal(plain.sequences, drafted.sequences)
 
 
-# --- the drafts -------------------------------------------------------------------------------------------------------
-
-
-def record_drafts(monkeypatch) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
-    """Of every draft: the logits that it was chosen by, its place behind the certain tokens, and the draft."""
-    found, propose = [], MTPDrafter.propose
-
-    def recorded(self, number, states, embeds, counts, choose, position_ids=None):
-        def keep(logits, place):
-            found.append((logits, place, choose(logits, place)))
-            return found[-1][2]
-
-        propose(self, number, states, embeds, counts, keep, position_ids)
-
-    monkeypatch.setattr(MTPDrafter, "propose", recorded)
-    return found
-
-
-@pytest.mark.parametrize("depths", [1, 2, 3])
-@pytest.mark.parametrize("family", ["v3", "moe16b"])
-def test_drafts_are_what_the_chain_of_depths_predicts(family, depths, monkeypatch):
-    model, found = make(family, depths, vocab_size=5), record_drafts(monkeypatch)
-    ids = prompts(model, 1)["input_ids"]
-    result = model.generate(ids, max_new_tokens=NEW, use_mtp=True, eos_token_id=None, return_dict_in_generate=True)
-    assert result.mtp_stats.accepted.sum() > 0
-    rounds, known = [found[i : i + depths] for i in range(0, len(found), depths)], 10
-    for drafts in rounds[:-1]:
-        for logits, place, _ in drafts:
-            text = torch.cat((result.sequences[:, :known], *(draft[None] for _, _, draft in drafts[:place])), dim=1)
-            with torch.no_grad():
-                expected = model(text, output_mtp_logits=True).mtp_logits[place][:, known - 2]
-            torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4)
-        following = result.sequences[0, known : known + depths].tolist()
-        right = [draft.item() == token for (_, _, draft), token in zip(drafts, following, strict=False)]
-        known += 1 + (right.index(False) if False in right else depths)
-
-
-def test_behind_the_last_depth_its_layer_reads_its_own_state(monkeypatch):
-    model, found = make(), record_drafts(monkeypatch)
-    ids = prompts(model, 1)["input_ids"]
-    result = model.generate(ids, max_new_tokens=8, use_mtp=True, num_assistant_tokens=3, eos_token_id=None)
-    decoder, layer = model.model, model.model.layers[-1]
-    tokens = torch.cat((result[0, 1:10], *(draft for _, _, draft in found[:2])))
-    with torch.no_grad():
-        states = decoder(ids).last_hidden_state
-        for logits, place, _ in found[:3]:
-            length = states.shape[1]
-            places, mask = torch.arange(length)[None], torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            embeds = decoder.embed_tokens(tokens[None, : 9 + place])
-            out = layer(states, embeds, position_embeddings=decoder.rotary_emb(embeds, places), attention_mask=mask)
-            torch.testing.assert_close(logits, model.lm_head(out[:, -1]), rtol=0, atol=2e-4)
-            states = torch.cat((states, out[:, -1:]), dim=1)
-
-
-def test_rows_draft_as_they_would_alone(monkeypatch):
-    model, found = make(depths=2), record_drafts(monkeypatch)
-    inputs = prompts(model, 3, seed=5)
-    options = dict(max_new_tokens=NEW, eos_token_id=None, use_mtp=True, return_dict_in_generate=True)
-    together = model.generate(**inputs, **options)
-    drafts = [logits for logits, _, _ in found]
-    assert len(set(together.mtp_stats.accepted.tolist())) > 1
-    for row in range(3):
-        found.clear()
-        alone = model.generate(inputs["input_ids"][row : row + 1, row:], **options)
-        assert torch.equal(alone.sequences[0], together.sequences[row, row:])
-        for (own, _, _), beside in zip(found[:20], drafts, strict=False):
-            torch.testing.assert_close(own[0], beside[row], rtol=0, atol=2e-4)
+# --- what is reported, and what is called ---------------------------------------------------------------
 
 
 def test_statistics_count_what_was_drafted_and_what_stands():
@@ -290,6 +289,41 @@ def test_statistics_count_what_was_drafted_and_what_stands():
     # every round gives one token of the main model and the drafts that it accepted; the prompt gives the first
     rounds = NEW - 1 - alone.accepted.item()
     assert alone.drafted.item() in (rounds, rounds - 1)  # the last one has no room for a draft if one token is left
+
+
+class AtLength(StoppingCriteria):
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.mark.parametrize("eos", [None, EOS])
+@pytest.mark.parametrize("length", [10, 11, 12, 13, 20])
+def test_what_lies_behind_the_end_is_not_counted(length, eos):
+    model = make()
+    with torch.no_grad():  # all drafts are right
+        model.lm_head.weight.zero_()
+    options = dict(eos_token_id=eos, stopping_criteria=[AtLength(length)], num_assistant_tokens=4)
+    plain, drafted = both(model, prompts(model, 2), **options)
+    assert torch.equal(plain.sequences, drafted.sequences)
+    generated = drafted.sequences.shape[1] - 9  # the prompt gives one, every round four drafts and one more
+    expected = [generated - 1 - (generated - 1) // 5] * 2
+    assert drafted.mtp_stats.drafted.tolist() == drafted.mtp_stats.accepted.tolist() == expected
+
+
+def test_rows_that_end_early_count_what_they_have():
+    model, unequal = make(vocab_size=4), 0
+    for seed in range(8):
+        result = both(model, prompts(model, 4, seed=seed), num_assistant_tokens=3)[1]
+        ends = (result.sequences[:, 9:] == EOS).long().cumsum(1).cumsum(1)
+        lengths, stats = (ends <= 1).sum(1), result.mtp_stats
+        unequal += len(set(lengths.tolist())) > 1
+        assert (stats.accepted <= lengths - 1).all()
+        assert (stats.drafted <= 3 * (lengths - 1)).all()
+        assert (stats.drafted - stats.accepted <= 3 * lengths).all()
+    assert unequal > 3
 
 
 def test_a_model_whose_drafts_are_right_needs_half_the_steps(monkeypatch):
@@ -446,6 +480,7 @@ def test_several_samples_of_a_prompt_differ():
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
+WATERMARK = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
 REFUSED = {
     "beams": (dict(num_beams=3), "beam_search.*num_beams"),
     "beam sampling": (dict(num_beams=3, do_sample=True), "beam_sample"),
@@ -454,20 +489,39 @@ REFUSED = {
     "no cache": (dict(use_cache=False), "drop use_cache=False or use_mtp"),
     "no drafts": (dict(num_assistant_tokens=0), "num_assistant_tokens.*at least 1, got 0"),
     "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "drop output_attentions or use_mtp"),
-    "quantised": (dict(cache_implementation="quantized"), "."),
+    "watermark": (dict(watermarking_config=WATERMARK, do_sample=True), "SynthID.*drop watermarking_config or use_mtp"),
+    "guidance": (dict(guidance_scale=1.5), "UnbatchedClassifierFree.*drop guidance_scale or use_mtp"),
+    "ensemble": (dict(assistant_ensemble_weight=0.5), "assistant_ensemble_weight is for other ones"),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_mtp_cannot_be_combined_with_is_named(options, message):
-    model = make()
-    with pytest.raises((ValueError, ImportError), match=message):
+def test_what_mtp_cannot_be_combined_with_is_named_before_anything_is_computed(options, message):
+    model, calls = make(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
         model.generate(prompts(model, 1)["input_ids"], max_new_tokens=3, use_mtp=True, **options)
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_length_are_refused(kind):
+    factors = dict(long_factor=[1.0] * 4, short_factor=[1.0] * 4) if kind == "longrope" else {}
+    model = make(rope_scaling=dict(rope_type=kind, factor=2.0, original_max_position_embeddings=64, **factors))
+    with pytest.raises(ValueError, match=f"rope_type '{kind}' changes them: drop use_mtp"):
+        model.generate(prompts(model, 1)["input_ids"], max_new_tokens=3, use_mtp=True)
+
+
+def test_a_quantised_cache_is_refused():
+    model = make()
+    cache = Cache(layers=[Unquantised(residual_length=4) for _ in range(3)])
+    with pytest.raises(ValueError, match="Unquantised cannot: use the default cache"):
+        model.generate(prompts(model, 1)["input_ids"], past_key_values=cache, max_new_tokens=4, use_mtp=True)
 
 
 def test_an_assistant_beside_mtp_is_refused():
     model = make()
-    with pytest.raises(ValueError, match="use_mtp=True and assistant_model both propose tokens"):
+    with pytest.raises(ValueError, match="use_mtp=True drafts by itself, and assistant_model"):
         model.generate(prompts(model, 1)["input_ids"], max_new_tokens=3, use_mtp=True, assistant_model=make())
 
 
@@ -477,17 +531,28 @@ def test_a_model_without_mtp_layers_is_refused():
         model.generate(prompts(model, 1)["input_ids"], max_new_tokens=3, use_mtp=True)
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(1, 11), (2, 12)])
-def test_a_static_cache_that_is_too_small_is_refused(rows, slots):
+@pytest.mark.parametrize(("rows", "slots", "needed"), [(1, 11, 12), (2, 12, 13), (1, 5, 12)])
+def test_a_static_cache_that_is_too_small_is_refused_before_it_is_filled(rows, slots, needed):
     model = make()
-    inputs = prompts(model, rows)
-    with pytest.raises(ValueError, match=f"has {slots} slots.*max_cache_len={slots + 1}"):
-        model.generate(
-            **inputs,
-            past_key_values=StaticCache(config=model.config, max_cache_len=slots),
-            max_new_tokens=4,
-            use_mtp=True,
-        )
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    with pytest.raises(ValueError, match=f"has {slots} slots.*max_cache_len={needed}"):
+        model.generate(**prompts(model, rows), past_key_values=cache, max_new_tokens=4, use_mtp=True)
+    assert int(cache.get_seq_length()) == 0
+
+
+def test_a_limit_that_is_never_reached_takes_no_memory():
+    model = make()
+    options = dict(max_new_tokens=10**12, stopping_criteria=[AtLength(40)], eos_token_id=None)
+    plain, drafted = both(model, prompts(model, 2), **options)
+    assert torch.equal(plain.sequences, drafted.sequences)
+
+
+class Unquantised(QuantizedLayer):
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
 
 
 def test_a_cache_that_cannot_shrink_is_refused():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -124,6 +125,36 @@ def test_placed_first_the_parts_reach_reporters(tmp_path):
     trainer.callback_handler.callbacks.insert(0, LossPartsCallback())
     trainer.train()
     assert {"lm_loss", "mtp_loss"} < seen.logs[0].keys()
+
+
+def test_a_run_that_an_error_ended_leaves_nothing_in_the_next(tmp_path):
+    model, parts = tiny_model("v3", num_nextn_predict_layers=1), LossPartsCallback()
+
+    class Halt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, parts, Halt(), model=model)
+    runs = {"again": parts, "fresh": LossPartsCallback()}
+    found = [trained(tmp_path / name, each, model=deepcopy(model))[1].logs[0] for name, each in runs.items()]
+    assert found[0]["lm_loss"] == found[1]["lm_loss"]
+    trained(tmp_path, parts, model=model)
+    assert not model._forward_hooks
+
+
+def test_while_the_weight_is_zero_there_is_no_mtp_part(tmp_path):
+    schedule = MTPLossWeightCallback({0: 0.3, 2: 0.0})
+    _, seen = trained(tmp_path, schedule, LossPartsCallback(), steps=4)
+    assert [sorted(log.keys() & {"lm_loss", "mtp_loss"}) for log in seen.logs[:2]] == [
+        ["lm_loss", "mtp_loss"],
+        ["lm_loss"],
+    ]
+
+
+def test_a_loss_that_trainer_computes_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1.*set it to 0"):
+        trained(tmp_path, MTPLossWeightCallback({0: 0.3}), label_smoothing_factor=0.1)
 
 
 WRONG = {
