@@ -156,3 +156,11 @@ def test_a_folder_without_config_is_named(tmp_path, tensors):
     for load in (AutoModelForCausalLM.from_pretrained, DeepseekV3ForCausalLM.from_pretrained):
         with pytest.raises((OSError, ValueError), match=str(tmp_path)):
             load(tmp_path)
+
+
+def test_only_whole_mtp_layers_may_be_turned_off_in_silence(tmp_path, tensors):
+    tensors["model.layers.7.mlp.gate.weight"] = torch.zeros(2)  # of no layer that was ever there
+    tensors["model.layers.1.extra.weight"] = torch.zeros(2)
+    folder = folder_with(tmp_path, tensors)
+    _, info = DeepseekV3ForCausalLM.from_pretrained(folder, num_nextn_predict_layers=0, output_loading_info=True)
+    assert info["unexpected_keys"] == {"model.layers.7.mlp.gate.weight", "model.layers.1.extra.weight"}
