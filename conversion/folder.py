@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modeling_deepseek.conversion.add_code import read_config
-from modeling_deepseek.fp8 import DEFAULT_BLOCK, FP8_DTYPES, SCALE_SUFFIX
+from modeling_deepseek.fp8 import DEFAULT_BLOCK, FP8_DTYPES, SCALE_SUFFIX, block_size_of, check_scale_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -158,8 +158,9 @@ def read_index(folder: Path) -> dict[str, str]:
         ) from error
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{path}: weight_map is not an object of tensor names and file names: {AGAIN}")
+    present = {file: (folder / file).is_file() for file in set(weight_map.values())}
     for name, file in weight_map.items():
-        if not (folder / file).is_file():
+        if not present[file]:
             raise ValueError(f"{folder / file} is missing; {path} puts {name} into it: {AGAIN}")
     return weight_map
 
@@ -249,16 +250,7 @@ def fp8_block_size(config: dict[str, Any], folder: Path) -> tuple[int, int]:
     where = f"{folder / 'config.json'}: quantization_config"
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         raise ValueError(f"{where} is {quantization!r}; expected quant_method 'fp8', the only one that is known here")
-    block = quantization.get("weight_block_size") or DEFAULT_BLOCK
-    if (
-        not isinstance(block, list | tuple)
-        or len(block) != 2
-        or not all(isinstance(size, int) and size > 0 for size in block)
-    ):
-        raise ValueError(
-            f"{where} has weight_block_size {block!r}; expected rows and columns, [128, 128] in the releases"
-        )
-    return tuple(block)
+    return block_size_of(quantization, where)
 
 
 def fp8_pairs(tensors: dict[str, Header], block_size: tuple[int, int] = DEFAULT_BLOCK) -> dict[str, str]:
@@ -290,10 +282,4 @@ def fp8_pairs(tensors: dict[str, Header], block_size: tuple[int, int] = DEFAULT_
 def check_scales(scales: Iterable[tuple[str, Header]]) -> None:
     """Reads every scale and raises `ValueError` for the first that is not finite or not positive, with file and tensor."""
     for name, header in scales:
-        values = read_tensor(header).float().flatten()
-        wrong = (~(values.isfinite() & (values > 0))).nonzero()
-        if len(wrong):
-            raise ValueError(
-                f"{header.file}: {name} holds {values[wrong[0, 0]].item()} (element {wrong[0, 0].item()}), expected finite scales "
-                f"above 0: {AGAIN}"
-            )
+        check_scale_values(f"{header.file}: {name}", read_tensor(header))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -32,8 +33,13 @@ FP8_MAX = 448.0  # of E4M3
 PIECE = 2**22  # elements of a weight that are dequantised at a time
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
-    """`weight` `[m, n]` in FP8 times its block scales `[ceil(m / rows), ceil(n / columns)]`, in fp32.
+def dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    block_size: tuple[int, int] = DEFAULT_BLOCK,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`weight` `[m, n]` in FP8 times its block scales `[ceil(m / rows), ceil(n / columns)]` in fp32, then cast to `dtype`.
 
     The last block of a row or column may be partial: kv_a_proj_with_mqa has 576 = 4.5 * 128 rows.
 
@@ -47,8 +53,28 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int,
             "check weight_block_size in the quantization_config."
         )
     rows, columns = block_size
-    spread = scale.float().repeat_interleave(rows, 0)[: weight.shape[0]]
-    return weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    scale = scale.float()
+    if weight.device.type != "cpu":
+        spread = scale.repeat_interleave(rows, 0)[: weight.shape[0]]
+        return (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
+    result = torch.empty(weight.shape, dtype=dtype)
+    for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
+        part = slice(block * rows, (block + 1) * rows)  # little enough for the processor's cache
+        result[part] = _times(weight[part], spread)
+    return result
+
+
+def _times(weight: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """`weight.float() * spread` on a CPU, whose own cast from FP8 takes several times as long.
+
+    E4M3 bits, moved up by 7, are the fp16 bits of the value times 2^-8 (biases 7 and 15); only its NaN has no such form,
+    and a scale that 2^8 makes infinite.
+    """
+    bits = weight.view(torch.int8)
+    if weight.dtype != torch.float8_e4m3fn or (bits & 0x7F).max() == 0x7F or spread.max() >= 2.0**120:
+        return weight.float() * spread
+    halves = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
+    return halves.float().mul_(spread * 256)
 
 
 def quantize(
@@ -100,7 +126,7 @@ def dequantized_pieces(
     step = max(1, PIECE // (rows * weight.shape[1]))  # in blocks
     for block in range(0, scale.shape[0], step):
         part = slice(block * rows, (block + step) * rows)
-        yield part, dequantize(weight[part], scale[block : block + step], block_size).to(dtype)
+        yield part, dequantize(weight[part], scale[block : block + step], block_size, dtype)
 
 
 class _BlockScaledProduct(torch.autograd.Function):
@@ -167,7 +193,7 @@ class FP8Linear(_KeepsFP8, nn.Linear):
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight `[out, in]` in `dtype`."""
-        return dequantize(self.weight, self.weight_scale_inv, self.block_size).to(dtype)
+        return dequantize(self.weight, self.weight_scale_inv, self.block_size, dtype)
 
 
 class FP8Experts(_KeepsFP8, nn.Module):
@@ -200,7 +226,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
         """All of "gate_up_proj" or "down_proj" in `dtype`."""
         kinds = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
         experts = map(self.weights_of, range(self.num_experts))
-        return torch.stack([torch.cat([dequantize(*e[k], self.block_size) for k in kinds]).to(dtype) for e in experts])
+        return torch.stack([torch.cat([dequantize(*e[k], self.block_size, dtype) for k in kinds]) for e in experts])
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -263,19 +289,33 @@ class DequantizedSlice:
         return "F32"
 
     def __getitem__(self, index) -> torch.Tensor:
-        return dequantize(self.weight[...], self.scale[...], self.block_size)[index].to(self.dtype)
+        return dequantize(self.weight[...], self.scale[...], self.block_size, self.dtype)[index]
 
 
-def checkpoint_slices(files: list[str]) -> tuple[dict, set[str]]:
+def check_scale_values(where: str, scale: torch.Tensor) -> None:
+    """Raises `ValueError`, beginning with `where`, for scales that are not finite or not above 0."""
+    values = scale.float().flatten()
+    wrong = (~(values.isfinite() & (values > 0))).nonzero()
+    if len(wrong):
+        place = wrong[0, 0].item()
+        raise ValueError(
+            f"{where} holds {values[place].item()} (element {place}), expected finite scales above 0: download or copy it again"
+        )
+
+
+def checkpoint_slices(files: list[str], block_size: tuple[int, int]) -> tuple[dict, set[str]]:
     """Name -> lazy tensor over all files, and which of them are FP8 weights; each has its scales, wherever these are stored.
 
     Raises:
-        ValueError: for an FP8 weight without scales, and for scales without a weight, naming both tensors.
+        ValueError: for an FP8 weight without scales, scales without a weight, and scales that are not one finite number above 0
+            per block, naming the tensors.
     """
-    slices = {}
+    slices, places = {}, {}
     for path in files:
         tensors = safe_open(path, framework="pt")
-        slices |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+        found = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+        slices |= found
+        places |= dict.fromkeys(found, path)
     quantized = {name for name, lazy in slices.items() if lazy.get_dtype() in FP8_DTYPES}
     scales = {name for name in slices if name.endswith(SCALE_SUFFIX)}
     for name in sorted(quantized):
@@ -284,8 +324,17 @@ def checkpoint_slices(files: list[str]) -> tuple[dict, set[str]]:
                 f"{name} is FP8, but its scales {name + SCALE_SUFFIX} are in none of the {len(files)} files."
             )
     for name in sorted(scales):
-        if name.removesuffix(SCALE_SUFFIX) not in quantized:
-            raise ValueError(f"{name} has no FP8 weight {name.removesuffix(SCALE_SUFFIX)} that it belongs to.")
+        weight, where = name.removesuffix(SCALE_SUFFIX), f"{places[name]}: {name}"
+        if weight not in quantized:
+            raise ValueError(f"{name} has no FP8 weight {weight} that it belongs to.")
+        shape = slices[weight].get_shape()
+        grid = [-(-size // block) for size, block in zip(shape, block_size, strict=False)]
+        if len(shape) != 2 or slices[name].get_shape() != grid:
+            raise ValueError(
+                f"{where} is {slices[name].get_shape()}, expected {grid}, one per block {list(block_size)} of {weight} {shape}: "
+                "check weight_block_size in the quantization_config."
+            )
+        check_scale_values(where, slices[name][...])
     return slices, quantized
 
 
@@ -293,7 +342,7 @@ def dequantized_state_dict(
     files: list[str], block_size: tuple[int, int], dtype: torch.dtype
 ) -> dict[str, DequantizedSlice]:
     """Name -> lazy tensor over all files, FP8 weights dequantised when they are read; errors as in [`checkpoint_slices`]."""
-    slices, quantized = checkpoint_slices(files)
+    slices, quantized = checkpoint_slices(files, block_size)
     return {
         name: DequantizedSlice(lazy, slices[name + SCALE_SUFFIX], block_size, dtype) if name in quantized else lazy
         for name, lazy in slices.items()
@@ -332,11 +381,38 @@ def _take_fp8_config(config) -> tuple[int, int] | None:
     quantization = getattr(config, "quantization_config", None)
     if hasattr(quantization, "to_dict"):
         quantization = quantization.to_dict()
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+    if quantization is None:
         return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "fp8":
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+            raise ValueError(
+                f"The quantization_config has quant_method {method!r}; expected 'fp8' or another of {known}."
+            )
+        return None
+    block_size = block_size_of(quantization, "The quantization_config")
     del config.quantization_config  # which transformers would act upon
     if config.fp8_weights == "keep":
         config._fp8_quantization_config = quantization
     else:
         logger.warning_once("The checkpoint is stored in FP8: its weights are dequantised exactly while they are read.")
-    return tuple(quantization.get("weight_block_size") or DEFAULT_BLOCK)
+    return block_size
+
+
+def block_size_of(quantization: dict, where: str) -> tuple[int, int]:
+    """Rows and columns of a block by a `quantization_config`; the official 128 x 128 where it says nothing.
+
+    Raises:
+        ValueError: beginning with `where`, for a `weight_block_size` that is none.
+    """
+    block = quantization.get("weight_block_size") or DEFAULT_BLOCK
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or not all(type(size) is int and size > 0 for size in block)
+    ):
+        raise ValueError(
+            f"{where} has weight_block_size {block!r}; expected rows and columns, [128, 128] in the releases"
+        )
+    return tuple(block)

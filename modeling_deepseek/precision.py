@@ -25,7 +25,7 @@ def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, i
     Raises:
         ValueError: for a layer whose experts are FP8 in part, and as [`checkpoint_slices`].
     """
-    slices, quantized = checkpoint_slices(files)
+    slices, quantized = checkpoint_slices(files, block_size)
     modules = dict(model.named_modules())
     layers: dict[str, dict] = {}
     for name in sorted(quantized):

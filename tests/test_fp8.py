@@ -17,14 +17,38 @@ from modeling_deepseek.fp8 import dequantize
 FP8 = Path(__file__).parent / "goldens" / "b3_v3_fp8_576"
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 700), st.integers(1, 700), st.sampled_from([(128, 128), (64, 32), (1, 128)]), st.integers(0, 9))
-def test_every_element_is_its_fp8_value_times_the_scale_of_its_block(rows, columns, block, seed):
+def values_of(weight, scale, block_size) -> torch.Tensor:
+    """By the definition, in fp32."""
+    row, column = (torch.arange(size) // block for size, block in zip(weight.shape, block_size, strict=True))
+    return weight.float() * scale.float()[row][:, column]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.sampled_from([(128, 128), (64, 32), (1, 128)]),
+    st.sampled_from(["F32", "E8M0"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 99),
+)
+def test_every_element_is_its_fp8_value_times_the_scale_of_its_block(rows, columns, block, scales, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
-    scale = torch.rand(-(-rows // block[0]), -(-columns // block[1]), generator=generator) + 0.1
-    row, column = torch.arange(rows) // block[0], torch.arange(columns) // block[1]
-    assert torch.equal(dequantize(weight, scale, block), weight.float() * scale[row][:, column])
+    codes = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
+    weight = torch.where(codes & 0x7F == 0x7F, 0, codes).view(torch.float8_e4m3fn)
+    grid = [-(-size // length) for size, length in zip(weight.shape, block, strict=True)]
+    scale = torch.randint(1, 255, grid, generator=generator, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    if scales == "F32":
+        scale = scale.float() * torch.rand(grid, generator=generator)
+    expected = values_of(weight, scale, block).to(dtype)
+    assert torch.equal(dequantize(weight, scale, block, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_all_codes_are_dequantised_nan_too(dtype):
+    weight, scale = torch.arange(256, dtype=torch.uint8).view(2, 128).view(dtype), torch.tensor([[0.37]])
+    expected = values_of(weight, scale, (128, 128))
+    torch.testing.assert_close(dequantize(weight, scale), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_ue8m0_scales_are_powers_of_two_and_read_alike():
@@ -88,6 +112,52 @@ def test_half_of_a_pair_is_an_error_that_names_both(tmp_path, kind):
     split_into_two_shards(tmp_path / "sharded", drop=name + kind)
     with pytest.raises(ValueError, match=rf"{name}weight.*{name}weight"):
         DeepseekV3ForCausalLM.from_pretrained(tmp_path / "sharded")
+
+
+WRONG = {
+    "nan": (lambda scale: scale * torch.nan, r"o_proj.weight_scale_inv holds nan \(element 0\)"),
+    "infinite": (lambda scale: scale / 0, "holds inf"),
+    "zero": (lambda scale: scale * 0, r"holds 0.0 \(element 0\), expected finite scales above 0"),
+    "negative": (lambda scale: -scale, "holds -"),
+    "grid": (
+        lambda scale: scale.repeat(2, 1),
+        r"o_proj.weight_scale_inv is \[2, 1\], expected \[1, 1\].*weight_block_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_scales_are_named_before_the_model_is_filled(tmp_path, change, message, fp8_weights):
+    tensors, name = load_file(FP8 / "model.safetensors"), "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    tensors[name] = change(tensors[name])
+    shutil.copy(FP8 / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{message}"):
+        DeepseekV3ForCausalLM.from_pretrained(tmp_path, fp8_weights=fp8_weights)
+
+
+QUANTIZATION = {
+    "method": (dict(quant_method="fp7"), "quant_method 'fp7'; expected 'fp8' or another of"),
+    "no method": (dict(weight_block_size=[128, 128]), "quant_method None; expected 'fp8'"),
+    "block": (
+        dict(quant_method="fp8", weight_block_size=[128]),
+        r"weight_block_size \[128\]; expected rows and columns",
+    ),
+    "missing": (None, r"has block-FP8 scales \(.*_scale_inv\), and no quantization_config"),
+}
+
+
+@pytest.mark.parametrize(("quantization", "message"), QUANTIZATION.values(), ids=QUANTIZATION)
+def test_fp8_weights_without_the_rule_to_read_them_are_refused(tmp_path, quantization, message):
+    shutil.copy(FP8 / "model.safetensors", tmp_path)
+    config = json.loads((FP8 / "config.json").read_text())
+    del config["quantization_config"]
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        DeepseekV3ForCausalLM.from_pretrained(tmp_path)
 
 
 def test_config_fields_given_as_keywords_apply_to_an_fp8_checkpoint():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek.conversion.folder import CheckpointFolder
-from modeling_deepseek.conversion.quantization import dequantize_rows, to_bf16, to_fp8
+from modeling_deepseek.conversion.quantization import to_bf16, to_fp8
 from modeling_deepseek.fp8 import dequantize, quantize
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -98,28 +98,6 @@ def test_bf16_checkpoint_has_the_logits_of_the_fp8_one(tmp_path):
     tokens = torch.arange(32)[None]
     ours, expected = (AutoModelForCausalLM.from_pretrained(f, dtype="bfloat16") for f in (tmp_path / "out", FP8))
     assert torch.equal(ours(tokens).logits, expected(tokens).logits)
-
-
-@given(SIZES, SIZES, st.sampled_from([(128, 128), (64, 32)]), st.sampled_from(["F32", "E8M0"]), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_rows_are_dequantised_as_the_plain_way_does(rows, columns, block_size, scale_dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
-    weight = torch.where(codes & 0x7F == 0x7F, 0, codes).view(torch.float8_e4m3fn)
-    grid = [-(-size // block) for size, block in zip(weight.shape, block_size, strict=True)]
-    scale = torch.randint(1, 255, grid, generator=generator, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-    if scale_dtype == "F32":
-        scale = scale.float() * torch.rand(grid, generator=generator)
-    expected = dequantize(weight, scale, block_size).bfloat16()
-    assert torch.equal(bits(dequantize_rows(weight, scale, block_size)), bits(expected))
-
-
-def test_all_codes_are_dequantised_nan_and_e5m2_too():
-    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        weight, scale = codes.view(dtype), torch.tensor([[0.37]])
-        ours, expected = dequantize_rows(weight, scale, (128, 128)), dequantize(weight, scale).bfloat16()
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 99))
