@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from modeling_deepseek.conversion.add_code import read_config
-from modeling_deepseek.fp8 import DEFAULT_BLOCK, FP8_DTYPES, SCALE_SUFFIX, block_size_of, check_scale_values
+from modeling_deepseek.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX
+from modeling_deepseek.fp8_checkpoint import FP8_DTYPES, block_size_of, check_scale_values
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {

@@ -15,7 +15,8 @@ from modeling_deepseek.checkpoint import SHARED_MTP_WEIGHTS, layer_index
 from modeling_deepseek.conversion.add_code import read_config
 from modeling_deepseek.conversion.family import expected_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, fp8_block_size
-from modeling_deepseek.fp8 import FP8_DTYPES, SCALE_SUFFIX
+from modeling_deepseek.fp8 import SCALE_SUFFIX
+from modeling_deepseek.fp8_checkpoint import FP8_DTYPES
 
 CACHE_BITS = {"bf16": 16, "8-bit": 8, "6-bit": 6}  # 6 bits per element: what the V2 report serves with
 GQA_HEADS = 8  # key/value heads of DeepSeek-LLM 67B, to compare with

@@ -10,7 +10,8 @@ import torch
 
 from modeling_deepseek.conversion.folder import CheckpointFolder, check_scales, fp8_block_size, fp8_pairs
 from modeling_deepseek.conversion.writer import MAX_SHARD_SIZE, Group, Output, convert, index_of, split, to_json
-from modeling_deepseek.fp8 import DEFAULT_BLOCK, FP8_DTYPES, SCALE_SUFFIX, dequantize, official_fp8_config, quantize
+from modeling_deepseek.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, dequantize, official_fp8_config, quantize
+from modeling_deepseek.fp8_checkpoint import FP8_DTYPES
 
 SCALE_FMTS = (None, "ue8m0")
 # every Linear of attention and MLPs; not the router `mlp.gate`, `eh_proj`, embeddings and heads

@@ -22,7 +22,8 @@ from .checkpoint import (
 )
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder import DeepseekDecoderLayer
-from .fp8 import SCALE_SUFFIX, dequantized_state_dict, official_fp8_config, without_fp8
+from .fp8 import SCALE_SUFFIX, official_fp8_config
+from .fp8_checkpoint import dequantized_state_dict, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
 from .moe import DeepseekExperts
 from .precision import dequantize_model, freeze_fp8, kept_state_dict, quantize_model, with_official_experts

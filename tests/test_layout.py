@@ -31,6 +31,7 @@ LAYERS = {
     "ops": 1,
     "drafter": 1,
     "fp8": 2,
+    "fp8_checkpoint": 3,
     "attention": 3,
     "moe": 3,
     "precision": 4,

@@ -130,7 +130,7 @@ def test_bf16_stays_within_its_rounding_of_fp32(form, sizes):
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 @pytest.mark.parametrize("fast", [True, False], ids=["native products", "products in fp32 blocks"])
 def test_fp32_does_not_depend_on_how_the_processor_multiplies_bf16(fast, block, monkeypatch):
-    monkeypatch.setattr(ops, "_has_fast_gemm", lambda device, dtype: fast)
+    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: fast)
     monkeypatch.setattr(ops, "UPCAST_BLOCK", block)
     tensors, mask = inputs(TINY, torch.float32), causal(TINY)
     for ours, theirs in zip(
@@ -144,7 +144,7 @@ def test_fp32_does_not_depend_on_how_the_processor_multiplies_bf16(fast, block, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_in_fp32_blocks_round_once_at_the_end(dtype, monkeypatch):
-    monkeypatch.setattr(ops, "_has_fast_gemm", lambda device, dtype: False)
+    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: False)
     monkeypatch.setattr(ops, "UPCAST_BLOCK", 3)
     tensors, mask = inputs(TINY, dtype), causal(TINY)
     output, probs = absorbed_attention(*tensors, 0.3, mask)
