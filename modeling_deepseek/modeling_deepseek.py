@@ -276,12 +276,15 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         num_items_in_batch=None,
         **kwargs,
     ) -> tuple[torch.Tensor, ...]:
-        """One loss per depth, over the targets that exist: none of padding, none in another packed document.
+        """One loss per depth, over the targets that exist: none of or on padding, none in another packed document.
 
         `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made for `MTP_LOSS_ROWS`
         tokens at a time, once here and once more in the backward pass: the vocabulary is too wide to keep them.
         """
-        packed = None
+        ignored, packed = kwargs.pop("ignore_index", -100), None
+        if shift_labels is not None:
+            labels = nn.functional.pad(shift_labels, (1, 0), value=ignored)[:, :-1]
+        labels = labels.masked_fill(labels == ignored, -100)
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
 
@@ -302,7 +305,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         for depth, states in enumerate(depths, start=1):
             targets = mtp_targets(labels, depth, packed)
             if attention_mask is not None and attention_mask.ndim == 2:
-                targets = targets.masked_fill(attention_mask[:, : targets.shape[1]] == 0, -100)
+                width = targets.shape[1]
+                reached = nn.functional.pad(attention_mask[:, depth + 1 :], (0, 1))[:, :width]
+                targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
             items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             if mtp_logits is not None:
                 losses.append(rows_loss(mtp_logits[depth - 1], targets, items))
@@ -334,6 +339,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                     setattr(layer, name, neighbour[name])
             layers.append(layer)
         self.config.num_nextn_predict_layers += num_layers
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> torch.Tensor | None:
+        """The mask that `generate` makes in advance for a static cache."""
+        return packed_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`."""

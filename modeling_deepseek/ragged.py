@@ -99,7 +99,7 @@ class Sequences:
     """Token ids of which row r has `lengths[r]`; they stop, are padded and streamed as `generate` does it.
 
     With an end-of-sequence criterion a row stops where it meets any criterion; without one, all rows go on until the last of
-    them has met one.
+    them has met one. Criteria see all rows at the length of those in question, others padded.
 
     Args:
         input_ids `[B, S]`: the prompt.
@@ -116,17 +116,17 @@ class Sequences:
         streamer: BaseStreamer | None = None,
     ):
         batch, prompt = input_ids.shape
-        self.ids = input_ids
+        self.ids = input_ids.long()
         self.rows = torch.arange(batch, device=self.ids.device)[:, None]
         self.lengths, self.prompt, self.max_length = [prompt] * batch, prompt, max_length
         self.criteria, self.pad, self.streamer, self.streamed = criteria, pad, streamer, prompt
-        self.eos = [criterion.eos_token_id for criterion in criteria if hasattr(criterion, "eos_token_id")]
+        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.met: list[int | None] = [None] * batch  # the length at which a row met a criterion
 
     @property
     def limits(self) -> list[int]:
         """Where each row ends, as far as is known."""
-        if self.eos:
+        if self.has_eos:
             return [self.max_length if met is None else met for met in self.met]
         return [self.max_length if None in self.met else max(self.met)] * len(self.met)
 
@@ -134,15 +134,6 @@ class Sequences:
     def rooms(self) -> list[int]:
         """Tokens that each row may still get; none for a row that is done."""
         return [max(0, limit - length) for limit, length in zip(self.limits, self.lengths, strict=True)]
-
-    def waiting(self, place: int) -> list[int]:
-        """The rows that can get a token `place` places behind theirs: with room for it, and no end among the drafts before."""
-        rows = [row for row, room in enumerate(self.rooms) if room > place]
-        if not self.eos or not place or not rows:
-            return rows
-        drafts = self.at(0, place)
-        ended = torch.stack([torch.isin(drafts, eos.to(drafts.device)).any(1) for eos in self.eos]).any(0).tolist()
-        return [row for row in rows if not ended[row]]
 
     def at(self, offset: int, width: int) -> torch.Tensor:
         """The ids `[B, width]` that begin `offset` places behind every row's tokens."""
@@ -164,7 +155,7 @@ class Sequences:
 
     def shown(self, length: int, rows: list[int]) -> torch.Tensor:
         """Ids `[B, length]` for who looks at `rows`, drafts among them: other rows are padded behind their last token."""
-        ids = self.ids[:, :length]
+        ids = self.ids[:, :length].clone()
         if len(rows) == len(ids):
             return ids
         held = torch.tensor(self.lengths, device=ids.device)
@@ -186,7 +177,7 @@ class Sequences:
             for row in rows:
                 if stop[row] and self.met[row] is None:
                     self.met[row] = length
-                    ends[row] = length if self.eos else ends[row]
+                    ends[row] = length if self.has_eos else ends[row]
         counts = [end - length for end, length in zip(ends, self.lengths, strict=True)]
         self.lengths = ends
         if self.streamer is not None:
@@ -204,7 +195,7 @@ class Sequences:
     def padded(self, length: int) -> torch.Tensor:
         """The first `length` tokens of all rows, with padding behind those that stopped earlier."""
         ids = self.ids[:, :length]
-        if not self.eos or self.pad is None:
+        if not self.has_eos or self.pad is None:
             return ids
         limits = torch.tensor(self.limits, device=ids.device)
         return torch.where(torch.arange(length, device=ids.device) < limits[:, None], ids, self.pad.to(ids.device))

@@ -50,7 +50,7 @@ _CONTEXT_FREE = (
     TypicalLogitsWarper,
 )
 
-# They remember what they were asked before, and would be asked about tokens that are rejected afterwards.
+# They remember earlier calls, which one row repeats in order and several do not.
 _STATEFUL = {
     SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
     UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
@@ -81,22 +81,29 @@ class DeepseekGenerateOutput(GenerateDecoderOnlyOutput):
 class Chooser:
     """Turns logits into tokens: the logits processors of `generate`, then the best token or a sampled one.
 
-    Processors must be functions of the tokens and scores they are given, as they are also asked about drafts.
+    The main model's logits go through all of them. Drafts are chosen with those of transformers that take any text: the others
+    are never asked about a text that is not a row's own, as it stands.
 
     Raises:
-        ValueError: for a processor of transformers that is not.
+        ValueError: for a processor that remembers earlier calls, beside several rows.
     """
 
-    def __init__(self, processors: LogitsProcessorList, sample: bool):
+    def __init__(self, processors: LogitsProcessorList, sample: bool, rows: int):
         for processor in processors:
-            if type(processor) in _STATEFUL:
+            if type(processor) in _STATEFUL and rows > 1:
                 raise ValueError(
-                    f"use_mtp=True asks the logits processors about drafts too, and {type(processor).__name__} remembers what it "
-                    f"was asked: drop {_STATEFUL[type(processor)]} or use_mtp."
+                    f"{type(processor).__name__} remembers what it was asked, and with use_mtp=True {rows} rows advance by "
+                    f"different numbers of tokens: drop {_STATEFUL[type(processor)]} or use_mtp, or generate row by row."
                 )
-        self.sample, self.asked = sample, []
+        self.sample, self.rows = sample, list(range(rows))
         self.context_free = all(type(processor) in _CONTEXT_FREE for processor in processors)
         self.processors = LogitsProcessorList(map(self._restricted, processors))
+        particular = (PrefixConstrainedLogitsProcessor, *_STATEFUL)
+        self.for_drafts = LogitsProcessorList(
+            processor
+            for processor in processors
+            if type(processor).__module__.startswith("transformers.") and type(processor) not in particular
+        )
 
     def _restricted(self, processor):
         """A `prefix_allowed_tokens_fn` may fail for a text that cannot occur: it is not asked about the rows beside."""
@@ -104,28 +111,34 @@ class Chooser:
             return processor
         allowed = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(
-            lambda row, ids: allowed(row, ids) if row in self.asked else [0], num_beams=1
+            lambda row, ids: allowed(row, ids) if row in self.rows else [0], num_beams=1
         )
 
-    def scores(self, logits: torch.Tensor, text: Sequences, place: int = 0) -> torch.Tensor:
-        """Processed fp32 scores `[B, m, V]` of the tokens that follow `place`, place + 1, ... drafts in every row.
+    def scores(self, logits: torch.Tensor, text: Sequences, rows: list[int]) -> torch.Tensor:
+        """Processed fp32 scores `[B, m, V]` of the next m tokens of `rows`; others keep their logits.
 
         As without drafts the processors see one length at a time, all rows, and the row's own tokens; a row beside it that is
-        shorter has padding at its end. A place that a row cannot reach (no room, or behind a drafted end) keeps its logits.
+        shorter has padding at its end. Unless all of them look at the scores alone, m is 1.
         """
-        logits = logits.to(text.ids.device, torch.float, copy=True)
-        if not self.processors:
-            return logits
-        if self.context_free:
+        if not self.processors or self.context_free:
             return self.processors(text.ids, logits.flatten(0, 1)).view_as(logits)
-        for j in range(logits.shape[1]):
-            waiting = text.waiting(place + j)
-            given = logits[:, j].clone()
-            for length in {text.lengths[row] for row in waiting}:
-                self.asked = [row for row in waiting if text.lengths[row] == length]
-                processed = self.processors(text.shown(length + place + j, self.asked), given.clone())
-                logits[self.asked, j] = processed[self.asked]
-        return logits
+        return self._by_length(self.processors, logits[:, 0], text, rows, 0)[:, None]
+
+    def draft_scores(self, logits: torch.Tensor, text: Sequences, place: int) -> torch.Tensor:
+        """`[B, V]` for the token behind `place` drafts of every row."""
+        if not self.for_drafts or self.context_free:
+            return self.for_drafts(text.ids, logits)
+        return self._by_length(self.for_drafts, logits, text, list(range(len(logits))), place)
+
+    def _by_length(
+        self, processors, logits: torch.Tensor, text: Sequences, rows: list[int], place: int
+    ) -> torch.Tensor:
+        scores = logits.clone()
+        for length in sorted({text.lengths[row] for row in rows}):
+            self.rows = [row for row in rows if text.lengths[row] == length]
+            processed = processors(text.shown(length + place, self.rows), logits.clone())
+            scores[self.rows] = processed[self.rows]
+        return scores
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, V]` -> tokens `[B]`, and the distribution that they were drawn from."""
@@ -137,24 +150,27 @@ class Chooser:
     def judge(
         self, drafts: torch.Tensor, draft_probs: torch.Tensor | None, scores: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many leading drafts each row accepts `[B]`, and the row's tokens `[B, K + 1]`: these drafts and one more.
+        """How many leading drafts each row accepts `[B]`, and the row's tokens `[B, m]`: these drafts and one more.
 
         Args:
             drafts `[B, K]`: proposed tokens, drawn from `draft_probs` `[B, K, V]` if sampled.
-            scores `[B, K + 1, V]`: of the main model, for each draft and for the token behind them.
+            scores `[B, m, V]`: of the main model, for each draft and (m = K + 1), if it is known, for the token behind them.
         """
+        number = drafts.shape[1]
         if not self.sample:
             tokens = scores.argmax(-1)
-            return (tokens[:, :-1] == drafts).long().cumprod(-1).sum(-1), tokens
+            return (tokens[:, :number] == drafts).long().cumprod(-1).sum(-1), tokens
         probs = scores.softmax(-1)
-        wanted, offered = (p.gather(-1, drafts[..., None]).squeeze(-1) for p in (probs[:, :-1], draft_probs))
+        wanted, offered = (p.gather(-1, drafts[..., None]).squeeze(-1) for p in (probs[:, :number], draft_probs))
         accepted = (torch.rand_like(wanted) * offered < wanted).long().cumprod(-1).sum(-1)
         # of the first rejected place, what the drafts did not cover; behind the last one nothing was drafted
-        at = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
-        left = (probs - nn.functional.pad(draft_probs, (0, 0, 0, 1))).clamp(min=0).gather(1, at).squeeze(1)
-        left = torch.where(left.sum(-1, keepdim=True) > 0, left, probs.gather(1, at).squeeze(1))
-        tokens = nn.functional.pad(drafts, (0, 1))
-        return accepted, tokens.scatter(1, accepted[:, None], torch.multinomial(left, 1))
+        last = probs.shape[1] - 1
+        at = accepted.clamp(max=last)[:, None, None].expand(-1, 1, probs.shape[-1])
+        left = (probs - nn.functional.pad(draft_probs, (0, 0, 0, last + 1 - number))).clamp(min=0).gather(1, at)
+        left, probs = left.squeeze(1), probs.gather(1, at).squeeze(1)
+        left = torch.where(left.sum(-1, keepdim=True) > 0, left, probs)
+        tokens = nn.functional.pad(drafts, (0, 1)).scatter(1, accepted[:, None], torch.multinomial(left, 1))
+        return accepted, tokens[:, : last + 1]
 
 
 class _Recorder:
@@ -215,25 +231,40 @@ class _Referee:
 
     def draft(self, logits: torch.Tensor, place: int) -> torch.Tensor:
         """Chooses the draft `[B]` behind `place` drafts by `logits` `[B, V]`."""
-        scores = self.chooser.scores(logits[:, None], self.text, place)
-        tokens, offered = self.chooser.choose(scores[:, 0])
+        scores = self.chooser.draft_scores(logits.to(self.text.ids.device, torch.float), self.text, place)
+        tokens, offered = self.chooser.choose(scores)
         self.text.write(tokens[:, None], place)
         self.offered.append(offered)
         return tokens.to(logits.device)
 
     def decide(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Lets the main model's `logits` `[B, m, V]` judge the m - 1 drafts: tokens `[B, m]`, and how many each row got."""
-        text, number = self.text, logits.shape[1] - 1
-        scores = self.chooser.scores(logits, text)
-        offered = torch.stack(self.offered, dim=1) if number and self.chooser.sample else scores[:, :0]
+        """Lets the main model's `logits` `[B, m, V]` judge the m - 1 drafts: tokens `[B, m]`, and how many each row got.
+
+        All places at once where no processor looks at the text; else place by place, so that none is asked about a draft.
+        """
+        text, number, before = self.text, logits.shape[1] - 1, self.text.lengths
+        logits = logits.to(text.ids.device, torch.float, copy=True)
+        drafts = text.at(0, number)
+        offered = torch.stack(self.offered, dim=1) if number and self.chooser.sample else logits[:, :0]
         self.offered.clear()
-        right, tokens = self.chooser.judge(text.at(0, number), offered, scores)
-        self.rounds.append((number, text.lengths, right.tolist()))
-        start = [length - text.prompt for length in text.lengths]
-        counts = [min(count + 1, room) for count, room in zip(right.tolist(), text.rooms, strict=True)]
-        self.scores.add(scores, start, counts)
-        self.logits.add(logits.to(scores), start, counts)
-        return tokens, text.grow(tokens, counts, self.scores.steps)
+        width = number + 1 if self.chooser.context_free else 1
+        going, decided, accepted = [row for row, room in enumerate(text.rooms) if room], [], [0] * len(before)
+        for first in range(0, number + 1, width):
+            places = slice(first, first + width)
+            scores = self.chooser.scores(logits[:, places], text, going)
+            right, tokens = self.chooser.judge(drafts[:, places], offered[:, places], scores)
+            decided.append(tokens)
+            lengths, right = text.lengths, right.tolist()
+            counts = [min(right[row] + 1, width) if row in going else 0 for row in range(len(lengths))]
+            start, counts = [length - text.prompt for length in lengths], list(map(min, counts, text.rooms))
+            self.scores.add(scores, start, counts)
+            self.logits.add(logits[:, places], start, counts)
+            counts = text.grow(tokens, counts, self.scores.steps)
+            accepted = [known + min(right[row], counts[row]) for row, known in enumerate(accepted)]
+            going = [row for row in going if right[row] == width and text.rooms[row]]
+        self.rounds.append((number, before, accepted))
+        counts = [length - known for length, known in zip(text.lengths, before, strict=True)]
+        return torch.cat(decided, dim=1), counts
 
     def stats(self) -> MTPStats:
         drafted, accepted = torch.zeros(2, len(self.text.lengths), dtype=torch.long)
@@ -349,7 +380,12 @@ def decode(
     In the cache that it returns, slots behind a row's last token but one hold nothing that can be used.
     """
     config, cache, mask = generation_config, model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-    chooser = Chooser(logits_processor, config.do_sample)
+    chooser = Chooser(logits_processor, config.do_sample, len(input_ids))
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)  # PEFT's model, if it has one's place
+    if config.prefill_chunk_size and getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size} puts a tuned prompt before every chunk: drop it, or use_mtp."
+        )
     unseen = 0 if mask is None else mask.shape[1] - input_ids.shape[1]  # in the cache, and not among the ids
     check_can_shrink(cache)
     static_capacity(cache, len(input_ids), config.max_length + unseen - 1)
@@ -375,6 +411,7 @@ def decode(
         unseen = rows.end - input_ids.shape[1]
         capacity = static_capacity(cache, len(input_ids), config.max_length + unseen - 1)
         drafter = MTPDrafter(model, rows, states.shape[1], most)
+        last_positions = rows.offsets + config.max_length + unseen - 1  # what a longer row drafts beyond is not used
 
         def room_for_drafts() -> int:
             number = most if synced_gpus else max(0, min(most, max(text.rooms) - 1))  # ranks must call the same modules
@@ -392,7 +429,7 @@ def decode(
                 logits = model(
                     input_ids=text.at(-1, number + 1).to(states.device),
                     attention_mask=rows.mask(number + 1),
-                    position_ids=rows.positions(number + 1),
+                    position_ids=rows.positions(number + 1).minimum(last_positions[:, None]),
                     past_key_values=cache,
                     use_cache=True,
                     **others,

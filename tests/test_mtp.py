@@ -514,3 +514,26 @@ def test_a_step_that_leaves_the_mtp_layers_untrained_says_so(weight, frozen, war
     assert [message.startswith("The MTP layers are trained by forward(labels=...)") for message in said] == [
         True
     ] * warned
+
+
+def test_padding_is_no_target_whatever_its_labels_say():
+    model = tiny_model("v3", num_nextn_predict_layers=2).train()
+    ids, mask = tiny_tokens(model.config), torch.ones(2, 10, dtype=torch.long)
+    mask[0, 7:], mask[1, :4] = 0, 0
+    marked = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), use_cache=False)
+    unmarked = model(ids, attention_mask=mask, labels=ids, use_cache=False)
+    assert unmarked.mtp_loss == marked.mtp_loss
+
+
+def test_labels_may_be_ignored_by_another_number_or_come_shifted():
+    model = tiny_model("v3", num_nextn_predict_layers=2).train()
+    ids = tiny_tokens(model.config)
+    labels = ids.clone()
+    labels[:, 3:6] = -100
+    expected = model(ids, labels=labels, use_cache=False)
+    other = model(ids, labels=labels.masked_fill(labels == -100, -1), ignore_index=-1, use_cache=False)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    given = model(ids, labels=ids, shift_labels=shifted, use_cache=False)
+    for found in (other, given):
+        torch.testing.assert_close(found.lm_loss, expected.lm_loss)
+        torch.testing.assert_close(found.mtp_loss, expected.mtp_loss)

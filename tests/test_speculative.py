@@ -17,7 +17,12 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
 )
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, QuantizedLayer
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from drafting import EOS, NEW, PAD, both, make, prompts
@@ -101,27 +106,89 @@ def test_a_prefix_function_is_asked_only_about_texts_that_can_occur(rows, number
 
 
 class Watched(LogitsProcessor):
-    """Keeps every row's texts that it is asked about, as far as they are no padding, and how often."""
+    """Keeps what it is asked about, row by row. It may rely on a tensor of its own."""
 
     def __init__(self):
         self.texts = []
 
     def __call__(self, input_ids, scores):
-        self.texts += [(row, *ids.tolist()) for row, ids in enumerate(input_ids)]
+        self.texts.append(input_ids.view(-1).view(input_ids.shape).tolist())
         return scores
 
 
-def test_processors_see_all_rows_at_the_length_of_the_row_in_question():
-    model, watched = make(), Watched()
-    options = dict(logits_processor=[watched], num_assistant_tokens=2)
-    _, drafted = both(model, prompts(model, 4, seed=1), **options)
-    ended = {row: tuple(ids) for row, ids in enumerate(drafted.sequences.tolist())}
-    for row, *text in watched.texts:
-        generated = text[9:]
-        inside = generated[: generated.index(EOS)] if EOS in generated else generated
-        if EOS in generated:  # a row that has ended shows its text and padding, as without drafts
-            assert tuple(text[: 9 + len(inside)]) == ended[row][: 9 + len(inside)]
-            assert set(generated[len(inside) + 1 :]) <= {PAD}
+class StopAt(StoppingCriteria):
+    """Like an end-of-sequence rule of one's own, and with another type for the ends."""
+
+    eos_token_id = [5]
+
+    def __init__(self):
+        self.watched = Watched()
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.watched(input_ids, scores)
+        return input_ids[:, -1] == 5
+
+
+@pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.2), dict(do_sample=True, top_k=0)])
+def test_alone_a_row_asks_what_it_asks_without_drafts(options):
+    model, count = make(), 0
+    for seed in range(6):
+        calls = []
+        for use_mtp in (False, True):
+            torch.manual_seed(0)
+            watched, stop = Watched(), StopAt()
+            result = model.generate(
+                prompts(model, 1, seed=seed)["input_ids"].int(),
+                max_new_tokens=12,
+                logits_processor=[watched],
+                stopping_criteria=[stop],
+                eos_token_id=None,
+                use_mtp=use_mtp,
+                **options,
+            )
+            calls.append((watched.texts, stop.watched.texts))
+            texts = [[result[0, :length].tolist()] for length in range(9, result.shape[1] + 1)]
+            assert calls[-1] == (texts[:-1], texts[1:])
+        if "do_sample" not in options:
+            assert calls[0] == calls[1]
+        count += len(calls[1][0])
+    assert count > 12
+
+
+def test_rows_ask_what_they_would_alone():
+    model, watched, stop = make(), Watched(), StopAt()
+    options = dict(logits_processor=[watched], stopping_criteria=[stop], num_assistant_tokens=3)
+    result = model.generate(**prompts(model, 4, seed=1), max_new_tokens=NEW, use_mtp=True, **options)
+    asked = {row: [] for row in range(4)}
+    for texts in watched.texts:
+        for row, text in enumerate(texts):
+            generated = result[row, : len(text)].tolist()
+            own = next((n for n in range(9, len(text) + 1) if text[n:] == [PAD] * (len(text) - n)), len(text))
+            assert text[:own] == generated[:own]
+            asked[row].append(own)
+    assert all(set(range(9, result.shape[1])) >= set(lengths) for lengths in asked.values())
+
+
+def test_guidance_works_for_one_row():
+    model = make(depths=2)
+    for seed in range(4):
+        options = dict(guidance_scale=1.5, eos_token_id=None, num_assistant_tokens=3)
+        plain, drafted = both(model, prompts(model, 1, seed=seed), **options)
+        assert torch.equal(plain.sequences, drafted.sequences)
+
+
+def test_a_watermark_of_one_row_is_asked_about_every_token_once(monkeypatch):
+    model, asked = make(vocab_size=97), []
+    call = SynthIDTextWatermarkLogitsProcessor.__call__
+    monkeypatch.setattr(
+        SynthIDTextWatermarkLogitsProcessor,
+        "__call__",
+        lambda self, ids, scores: asked.append(ids.tolist()) or call(self, ids, scores),
+    )
+    config = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    options = dict(do_sample=True, watermarking_config=config, eos_token_id=None, max_new_tokens=12)
+    result = model.generate(prompts(model, 1)["input_ids"], use_mtp=True, **options)
+    assert asked == [result[:, :length].tolist() for length in range(9, 21)]
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
@@ -241,9 +308,10 @@ def test_packed_prompts_go_on_from_their_last_document(rows):
     positions[0] = torch.cat((torch.arange(6), torch.arange(3)))
     for seed in range(8):
         inputs = dict(input_ids=prompts(model, 8, seed=seed)["input_ids"][:rows].clamp(min=3), position_ids=positions)
-        for size in (None, 4):
-            plain, drafted = both(model, inputs, prefill_chunk_size=size, num_assistant_tokens=3)
-            assert torch.equal(plain.sequences, drafted.sequences), seed
+        found = []
+        for options in ({}, dict(prefill_chunk_size=4), dict(cache_implementation="static")):
+            found += both(model, inputs, num_assistant_tokens=3, eos_token_id=None, **options)
+        assert all(torch.equal(found[0].sequences, each.sequences) for each in found), seed
 
 
 TUNING = {
@@ -461,7 +529,7 @@ def test_the_chi_square_test_sees_a_sampler_that_takes_every_draft():
     torch.manual_seed(0)
     drafts = torch.multinomial(offered[:, 0], 1)
     expected = scores[0, 0].softmax(-1) * DRAWS
-    accepted, tokens = Chooser([], sample=True).judge(drafts, offered, scores)
+    accepted, tokens = Chooser([], sample=True, rows=DRAWS).judge(drafts, offered, scores)
     assert p_value(torch.bincount(tokens[:, 0], minlength=3).float(), expected) > LEVEL
     assert p_value(torch.bincount(drafts[:, 0], minlength=3).float(), expected) < LEVEL
     assert accepted.float().mean().item() == pytest.approx(
@@ -480,7 +548,6 @@ def test_several_samples_of_a_prompt_differ():
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-WATERMARK = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
 REFUSED = {
     "beams": (dict(num_beams=3), "beam_search.*num_beams"),
     "beam sampling": (dict(num_beams=3, do_sample=True), "beam_sample"),
@@ -489,8 +556,6 @@ REFUSED = {
     "no cache": (dict(use_cache=False), "drop use_cache=False or use_mtp"),
     "no drafts": (dict(num_assistant_tokens=0), "num_assistant_tokens.*at least 1, got 0"),
     "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "drop output_attentions or use_mtp"),
-    "watermark": (dict(watermarking_config=WATERMARK, do_sample=True), "SynthID.*drop watermarking_config or use_mtp"),
-    "guidance": (dict(guidance_scale=1.5), "UnbatchedClassifierFree.*drop guidance_scale or use_mtp"),
     "ensemble": (dict(assistant_ensemble_weight=0.5), "assistant_ensemble_weight is for other ones"),
 }
 
@@ -502,6 +567,29 @@ def test_what_mtp_cannot_be_combined_with_is_named_before_anything_is_computed(o
     with pytest.raises(ValueError, match=message):
         model.generate(prompts(model, 1)["input_ids"], max_new_tokens=3, use_mtp=True, **options)
     assert not calls
+
+
+WATERMARK = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+STATEFUL = {
+    "watermark": (dict(watermarking_config=WATERMARK, do_sample=True), "SynthID.*drop watermarking_config or use_mtp"),
+    "guidance": (dict(guidance_scale=1.5), "UnbatchedClassifierFree.* 2 rows.*drop guidance_scale or use_mtp"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), STATEFUL.values(), ids=STATEFUL)
+def test_processors_with_a_memory_are_refused_beside_several_rows(options, message):
+    model, calls = make(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        model.generate(**prompts(model, 2), max_new_tokens=3, use_mtp=True, **options)
+    assert not calls
+
+
+def test_chunks_of_a_tuned_prompt_are_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = get_peft_model(make(), config).eval()
+    with pytest.raises(ValueError, match="prefill_chunk_size=4 puts a tuned prompt before every chunk"):
+        model.generate(**prompts(model, 1), max_new_tokens=4, use_mtp=True, prefill_chunk_size=4)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -578,6 +666,16 @@ def test_a_generation_config_may_ask_for_drafts():
     plain = model.generate(ids, max_new_tokens=NEW, use_mtp=False, eos_token_id=None)
     assert result.mtp_stats.drafted.item() > NEW - result.mtp_stats.accepted.item()
     assert torch.equal(result.sequences, plain)
+
+
+def test_no_position_is_beyond_what_the_rows_may_have(monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_deepseek.modeling_deepseek.logger.warning_once", said.append)
+    for seed in range(4):
+        model = make(max_position_embeddings=30)
+        options = dict(max_length=30, max_new_tokens=None, eos_token_id=None, num_assistant_tokens=6)
+        both(model, prompts(model, 3, seed=seed), **options)
+    assert not said
 
 
 def test_stop_strings_stop_the_small_model():
