@@ -110,7 +110,7 @@ def drop_absent_mtp_layers(model: nn.Module, decoder: nn.Module, loading_info) -
             f"{claimed - kept} MTP layer(s) ({absent[0]}, ...): loaded with {kept}. add_mtp_layers makes new ones."
         )
         del decoder.layers[main + kept :]
-        model.config.num_nextn_predict_layers = decoder.config.num_nextn_predict_layers = kept
+        model.config.num_nextn_predict_layers = kept
         loading_info.missing_keys = {key for key in loading_info.missing_keys if layer_index(key) < main + kept}
     dropped = {layer_index(key) for key in loading_info.unexpected_keys if key.endswith(".eh_proj.weight")}
     loading_info.unexpected_keys = {

@@ -1,39 +1,28 @@
-"""Block-FP8 weights (V3, R1, V3.1): the rule, modules that keep them, and how a checkpoint is read either way."""
+"""Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
-import copy
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-# of `from_pretrained` that are no fields of a config, though some configs have an attribute of that name
-LOADING_ARGUMENTS = (
-    "attn_implementation",
-    "dtype",
-    "experts_implementation",
-    "torch_dtype",
-    "output_loading_info",
-    "device_map",
-)
+from .ops import block_scaled_product, has_fast_gemm, multiplies_fp8
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
-FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
 DEFAULT_BLOCK = (128, 128)
 FP8_MAX = 448.0  # of E4M3
 PIECE = 2**22  # elements of a weight that are dequantised at a time
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int] = DEFAULT_BLOCK) -> torch.Tensor:
-    """`weight` `[m, n]` in FP8 times its block scales `[ceil(m / rows), ceil(n / columns)]`, in fp32.
+def dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    block_size: tuple[int, int] = DEFAULT_BLOCK,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`weight` `[m, n]` in FP8 times its block scales `[ceil(m / rows), ceil(n / columns)]` in fp32, then cast to `dtype`.
 
     The last block of a row or column may be partial: kv_a_proj_with_mqa has 576 = 4.5 * 128 rows.
 
@@ -47,8 +36,28 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int,
             "check weight_block_size in the quantization_config."
         )
     rows, columns = block_size
-    spread = scale.float().repeat_interleave(rows, 0)[: weight.shape[0]]
-    return weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    scale = scale.float()
+    if weight.device.type != "cpu":
+        spread = scale.repeat_interleave(rows, 0)[: weight.shape[0]]
+        return (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
+    result = torch.empty(weight.shape, dtype=dtype)
+    for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
+        part = slice(block * rows, (block + 1) * rows)  # little enough for the processor's cache
+        result[part] = _times(weight[part], spread)
+    return result
+
+
+def _times(weight: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """`weight.float() * spread` on a CPU, whose own cast from FP8 takes several times as long.
+
+    E4M3 bits, moved up by 7, are the fp16 bits of the value times 2^-8 (biases 7 and 15); only its NaN has no such form,
+    and a scale that 2^8 makes infinite.
+    """
+    bits = weight.view(torch.int8)
+    if weight.dtype != torch.float8_e4m3fn or (bits & 0x7F).max() == 0x7F or spread.max() >= 2.0**120:
+        return weight.float() * spread
+    halves = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
+    return halves.float().mul_(spread * 256)
 
 
 def quantize(
@@ -100,42 +109,57 @@ def dequantized_pieces(
     step = max(1, PIECE // (rows * weight.shape[1]))  # in blocks
     for block in range(0, scale.shape[0], step):
         part = slice(block * rows, (block + step) * rows)
-        yield part, dequantize(weight[part], scale[block : block + step], block_size).to(dtype)
+        yield part, dequantize(weight[part], scale[block : block + step], block_size, dtype)
 
 
 class _BlockScaledProduct(torch.autograd.Function):
     """`x @ W.T` for a frozen block-FP8 `W`, which is never there as a whole in another dtype, backward neither."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]):
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], ue8m0: bool
+    ):
         ctx.save_for_backward(weight, scale)
         ctx.block_size = block_size
-        output = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        for part, piece in dequantized_pieces(weight, scale, block_size, x.dtype):
+        if multiplies_fp8(weight, block_size):
+            return block_scaled_product(x, weight, scale, block_size, ue8m0)
+        output, compute = x.new_empty((*x.shape[:-1], weight.shape[0])), _compute_dtype(x)
+        x = x.to(compute)
+        for part, piece in dequantized_pieces(weight, scale, block_size, compute):
             output[..., part] = F.linear(x, piece)
         return output
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         weight, scale = ctx.saved_tensors
-        result = 0
-        for part, piece in dequantized_pieces(weight, scale, ctx.block_size, gradient.dtype):
-            result = result + gradient[..., part] @ piece
-        return result, None, None, None
+        result, compute = 0, _compute_dtype(gradient)
+        wide = gradient.to(compute)
+        for part, piece in dequantized_pieces(weight, scale, ctx.block_size, compute):
+            result = result + wide[..., part] @ piece
+        return result.to(gradient.dtype), None, None, None, None
 
 
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Where products in the dtype of `x` are slow, weights that are dequantised in fp32 anyway are multiplied so."""
+    return x.dtype if has_fast_gemm(x.device.type, x.dtype) else torch.float32
+
+
+def fp8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], ue8m0: bool = False
+) -> torch.Tensor:
     """`x` `[..., n]` times a block-FP8 weight `[m, n]`: `[..., m]` in the dtype of `x`. The weight gets no gradient.
 
-    Its plain twin is `F.linear(x, dequantize(weight, scale, block_size).to(x.dtype))`.
+    On a GPU that multiplies FP8 the activations are rounded too (`ops.block_scaled_product_reference`, with its `ue8m0`), and
+    the gradient is that of the plain product. Elsewhere its plain twin is `F.linear(x, dequantize(weight, scale, block_size))`.
     """
-    return _BlockScaledProduct.apply(x, weight, scale, block_size)
+    return _BlockScaledProduct.apply(x, weight, scale, block_size, ue8m0)
 
 
 class _KeepsFP8:
     """A module that is cast as a whole keeps its FP8 weights and their scales as they are, and only moves them."""
 
     block_size: tuple[int, int]
+    ue8m0: bool  # whether activations that are rounded to FP8 get scales that are powers of two
 
     def _apply(self, fn, recurse=True):
         held = (*self._parameters.items(), *self._buffers.items())
@@ -152,22 +176,27 @@ class FP8Linear(_KeepsFP8, nn.Linear):
     """A linear layer `[..., in] -> [..., out]` whose frozen weight stays in block FP8."""
 
     def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], bias: nn.Parameter | None
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        block_size: tuple[int, int],
+        bias: nn.Parameter | None,
+        ue8m0: bool = False,
     ):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.block_size = tuple(block_size)
+        self.block_size, self.ue8m0 = tuple(block_size), ue8m0
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("weight_scale_inv", scale)
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = fp8_linear(x, self.weight, self.weight_scale_inv, self.block_size)
+        output = fp8_linear(x, self.weight, self.weight_scale_inv, self.block_size, self.ue8m0)
         return output if self.bias is None else output + self.bias
 
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight `[out, in]` in `dtype`."""
-        return dequantize(self.weight, self.weight_scale_inv, self.block_size).to(dtype)
+        return dequantize(self.weight, self.weight_scale_inv, self.block_size, dtype)
 
 
 class FP8Experts(_KeepsFP8, nn.Module):
@@ -177,9 +206,11 @@ class FP8Experts(_KeepsFP8, nn.Module):
     multiple of the block. `down_proj` `[E, d, I]` with scales `[E, ceil(d / rows), ceil(I / columns)]`.
     """
 
-    def __init__(self, weights: dict[str, torch.Tensor], block_size: tuple[int, int], hidden_act: str):
+    def __init__(
+        self, weights: dict[str, torch.Tensor], block_size: tuple[int, int], hidden_act: str, ue8m0: bool = False
+    ):
         super().__init__()
-        self.block_size = tuple(block_size)
+        self.block_size, self.ue8m0 = tuple(block_size), ue8m0
         self.num_experts, _, self.intermediate_dim = weights["down_proj"].shape
         self.act_fn = ACT2FN[hidden_act]
         for name in ("gate_up_proj", "down_proj"):
@@ -200,7 +231,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
         """All of "gate_up_proj" or "down_proj" in `dtype`."""
         kinds = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
         experts = map(self.weights_of, range(self.num_experts))
-        return torch.stack([torch.cat([dequantize(*e[k], self.block_size) for k in kinds]).to(dtype) for e in experts])
+        return torch.stack([torch.cat([dequantize(*e[k], self.block_size, dtype) for k in kinds]) for e in experts])
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -216,127 +247,9 @@ class FP8Experts(_KeepsFP8, nn.Module):
             if expert == self.num_experts:  # served elsewhere, under expert parallelism
                 continue
             rows, place = (top_k_index == expert).nonzero(as_tuple=True)
-            product = {name: (*pair, self.block_size) for name, pair in self.weights_of(expert).items()}
+            product = {name: (*pair, self.block_size, self.ue8m0) for name, pair in self.weights_of(expert).items()}
             x = hidden_states[rows]
             hidden = self.act_fn(fp8_linear(x, *product["gate_proj"])) * fp8_linear(x, *product["up_proj"])
             found = fp8_linear(hidden, *product["down_proj"]) * top_k_weights[rows, place].unsqueeze(-1)
             output.index_add_(0, rows, found.to(output.dtype))
         return output
-
-
-class FusedSlice:
-    """Stands for the tensors of a checkpoint that one parameter is made of: stacked along new dimensions as `parts` is nested."""
-
-    def __init__(self, parts: list, join_inner: bool):
-        self.parts, self.join_inner = parts, join_inner
-
-    def get_shape(self) -> list[int]:
-        inner = [list(part.get_shape()) for part in self.parts[0]]
-        if self.join_inner:
-            return [len(self.parts), sum(shape[0] for shape in inner), *inner[0][1:]]
-        return [len(self.parts), len(inner), *inner[0]]
-
-    def get_dtype(self) -> str:
-        return self.parts[0][0].get_dtype()
-
-    def __getitem__(self, index) -> torch.Tensor:
-        join = torch.cat if self.join_inner else torch.stack
-        stacked = [join([_bytes(part[...]) for part in parts]) for parts in self.parts]
-        return torch.stack(stacked).view(self.parts[0][0][...].dtype)[index]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """FP8 tensors as bytes, which every operation that only moves data takes."""
-    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-
-
-class DequantizedSlice:
-    """Stands for a tensor of the checkpoint like a slice of safetensors, and dequantises it when it is read."""
-
-    def __init__(self, weight, scale, block_size: tuple[int, int], dtype: torch.dtype):
-        self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
-
-    def get_shape(self) -> list[int]:
-        return self.weight.get_shape()
-
-    def get_dtype(self) -> str:
-        return "F32"
-
-    def __getitem__(self, index) -> torch.Tensor:
-        return dequantize(self.weight[...], self.scale[...], self.block_size)[index].to(self.dtype)
-
-
-def checkpoint_slices(files: list[str]) -> tuple[dict, set[str]]:
-    """Name -> lazy tensor over all files, and which of them are FP8 weights; each has its scales, wherever these are stored.
-
-    Raises:
-        ValueError: for an FP8 weight without scales, and for scales without a weight, naming both tensors.
-    """
-    slices = {}
-    for path in files:
-        tensors = safe_open(path, framework="pt")
-        slices |= {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
-    quantized = {name for name, lazy in slices.items() if lazy.get_dtype() in FP8_DTYPES}
-    scales = {name for name in slices if name.endswith(SCALE_SUFFIX)}
-    for name in sorted(quantized):
-        if name + SCALE_SUFFIX not in scales:
-            raise ValueError(
-                f"{name} is FP8, but its scales {name + SCALE_SUFFIX} are in none of the {len(files)} files."
-            )
-    for name in sorted(scales):
-        if name.removesuffix(SCALE_SUFFIX) not in quantized:
-            raise ValueError(f"{name} has no FP8 weight {name.removesuffix(SCALE_SUFFIX)} that it belongs to.")
-    return slices, quantized
-
-
-def dequantized_state_dict(
-    files: list[str], block_size: tuple[int, int], dtype: torch.dtype
-) -> dict[str, DequantizedSlice]:
-    """Name -> lazy tensor over all files, FP8 weights dequantised when they are read; errors as in [`checkpoint_slices`]."""
-    slices, quantized = checkpoint_slices(files)
-    return {
-        name: DequantizedSlice(lazy, slices[name + SCALE_SUFFIX], block_size, dtype) if name in quantized else lazy
-        for name, lazy in slices.items()
-        if name.removesuffix(SCALE_SUFFIX) not in quantized or name in quantized
-    }
-
-
-def without_fp8(config_class, path, config, kwargs: dict):
-    """The config to load `path` with: for a block-FP8 checkpoint a copy without `quantization_config`, else `config` itself."""
-    if "quantization_config" in kwargs or kwargs.get("state_dict") is not None or path is None:
-        return config
-    if not isinstance(config, PreTrainedConfig):
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        try:
-            stored, _ = PreTrainedConfig.get_config_dict(path if config is None else config, **hub)
-        except OSError:  # no config here: an adapter's folder, or transformers says what is wrong
-            return config
-        if "quantization_config" not in stored:
-            return config
-        kept = {name: kwargs.pop(name) for name in LOADING_ARGUMENTS if name in kwargs}
-        config, unused = config_class.from_pretrained(
-            path if config is None else config, return_unused_kwargs=True, **{**kwargs, **hub}
-        )
-        kwargs.clear()
-        kwargs.update({**unused, **kept, **hub})
-    config = copy.deepcopy(config)
-    block_size = _take_fp8_config(config)
-    if block_size is not None:
-        config._fp8_block_size = block_size
-        config.dtype = config.dtype or torch.bfloat16
-    return config
-
-
-def _take_fp8_config(config) -> tuple[int, int] | None:
-    """Takes the `quantization_config` of a block-FP8 checkpoint out of `config`; returns its block size, else `None`."""
-    quantization = getattr(config, "quantization_config", None)
-    if hasattr(quantization, "to_dict"):
-        quantization = quantization.to_dict()
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-        return None
-    del config.quantization_config  # which transformers would act upon
-    if config.fp8_weights == "keep":
-        config._fp8_quantization_config = quantization
-    else:
-        logger.warning_once("The checkpoint is stored in FP8: its weights are dequantised exactly while they are read.")
-    return tuple(quantization.get("weight_block_size") or DEFAULT_BLOCK)

@@ -129,6 +129,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
     ) -> list[torch.Tensor]:
         """What the output head reads at every MTP depth k = 1, 2, ...: `[B, T - k, d]` (DeepSeek-V3 report, equations 21-23).
 
+        A text of no more than k tokens has no state at depth k: `[B, 0, d]`.
+
         Args:
             last_hidden_state `[B, T, d]`: of the main model, behind its final norm.
             inputs_embeds `[B, T, d]`: embeddings of the same T tokens.
@@ -139,20 +141,20 @@ class DeepseekModel(DeepseekPreTrainedModel):
         depths, hidden_states = [], last_hidden_state
         for depth, layer in enumerate(self.layers[self.config.num_hidden_layers :], start=1):
             hidden_states, embeds = hidden_states[:, :-1], inputs_embeds[:, depth:]
-            length = embeds.shape[1]
-            if length == 0:
-                break
-            mask = attention_mask
+            length, mask = embeds.shape[1], attention_mask
+            if length == 0:  # every depth takes part in every step: ranks wait for the gradients of all parameters
+                hidden_states, embeds, mask = last_hidden_state[:, :1], inputs_embeds[:, :1], None
+            width = embeds.shape[1]
             if mask is not None:
-                mask = mask[..., :length, :length] if mask.ndim == 4 else mask[:, :length]
+                mask = mask[..., :width, :width] if mask.ndim == 4 else mask[:, :width]
             hidden_states = layer(
                 hidden_states,
                 embeds,  # not by name, which reentrant checkpointing would not differentiate
-                position_embeddings=self.rotary_emb(embeds, position_ids[:, :length]),
-                attention_mask=packed_causal_mask(self.config, embeds, mask, position_ids[:, :length], None),
-                position_ids=position_ids[:, :length],
+                position_embeddings=self.rotary_emb(embeds, position_ids[:, :width]),
+                attention_mask=packed_causal_mask(self.config, embeds, mask, position_ids[:, :width], None),
+                position_ids=position_ids[:, :width],
                 **kwargs,
-            )
+            )[:, :length]
             depths.append(hidden_states)
         return depths
 
@@ -199,7 +201,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
 
         In training mode with `labels`, `loss = lm_loss + mtp_loss_weight / D * sum(mtp_loss)` over D MTP layers (DeepSeek-V3
         report, equation 25); in eval mode `loss` is the next-token loss alone, and `mtp_loss` is there with `output_mtp_logits`.
+
+        Raises:
+            ValueError: for the MTP depths behind a cache that holds tokens: they would not see these.
         """
+        weight = self.config.mtp_loss_weight if self.training and labels is not None else 0
+        mtp = self.config.num_nextn_predict_layers > 0 and (weight > 0 or output_mtp_logits)
+        if weight == 0 and self._mtp_is_left_untrained():
+            logger.warning_once(
+                "The MTP layers are trained by forward(labels=...), and this forward in training mode has none, as under Trainer's "
+                "label_smoothing_factor and compute_loss_func: they stay as they are. config.mtp_loss_weight = 0 says that this "
+                "is meant."
+            )
+        if mtp and past_key_values is not None and int(past_key_values.get_seq_length()):
+            raise ValueError(
+                f"The MTP layers have no cache here, and past_key_values holds {int(past_key_values.get_seq_length())} tokens that "
+                "they would not see: pass the whole text without a cache, or drop output_mtp_logits (in training: set "
+                "config.mtp_loss_weight = 0)."
+            )
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -217,15 +236,14 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        weight = self.config.mtp_loss_weight if self.training and labels is not None else 0
-        if self.config.num_nextn_predict_layers and (weight or output_mtp_logits):
+        if mtp:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids)
             if output_mtp_logits:
                 mtp_logits = tuple(map(self.lm_head, depths))
             if labels is not None:
                 mtp_loss = self._mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
-            if weight and mtp_loss:
+            if weight:
                 loss = lm_loss + weight / self.config.num_nextn_predict_layers * sum(mtp_loss)
 
         return DeepseekCausalLMOutput(
@@ -240,6 +258,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             mtp_logits=mtp_logits,
         )
 
+    def _mtp_is_left_untrained(self) -> bool:
+        """Whether a forward in training mode without labels passes over MTP layers that are meant to learn."""
+        if not (self.training and torch.is_grad_enabled() and self.config.mtp_loss_weight):
+            return False
+        layers = self.model.layers[self.config.num_hidden_layers :]
+        return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
     def _mtp_loss(
         self,
         depths,
@@ -251,12 +276,15 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         num_items_in_batch=None,
         **kwargs,
     ) -> tuple[torch.Tensor, ...]:
-        """One loss per depth, over the targets that exist: none of padding, none in another packed document.
+        """One loss per depth, over the targets that exist: none of or on padding, none in another packed document.
 
         `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made for `MTP_LOSS_ROWS`
         tokens at a time, once here and once more in the backward pass: the vocabulary is too wide to keep them.
         """
-        packed = None
+        ignored, packed = kwargs.pop("ignore_index", -100), None
+        if shift_labels is not None:
+            labels = nn.functional.pad(shift_labels, (1, 0), value=ignored)[:, :-1]
+        labels = labels.masked_fill(labels == ignored, -100)
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
 
@@ -277,7 +305,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         for depth, states in enumerate(depths, start=1):
             targets = mtp_targets(labels, depth, packed)
             if attention_mask is not None and attention_mask.ndim == 2:
-                targets = targets.masked_fill(attention_mask[:, : targets.shape[1]] == 0, -100)
+                width = targets.shape[1]
+                reached = nn.functional.pad(attention_mask[:, depth + 1 :], (0, 1))[:, :width]
+                targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
             items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             if mtp_logits is not None:
                 losses.append(rows_loss(mtp_logits[depth - 1], targets, items))
@@ -297,12 +327,25 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if type(num_layers) is not int or num_layers < 1:
             raise ValueError(f"num_layers is the number of MTP layers to add, at least 1, got {num_layers!r}.")
         layers = self.model.layers
-        like = next(layers[-1].parameters())
+        like, neighbour = (
+            self.model.norm.weight,
+            vars(layers[-1]),
+        )  # weights that are kept in FP8 are no model for new ones
         for _ in range(num_layers):
             layer = DeepseekMTPLayer(self.config, len(layers)).to(like.device, like.dtype).train(self.training)
             layer.apply(self._init_weights)
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                if name in neighbour:
+                    setattr(layer, name, neighbour[name])
             layers.append(layer)
         self.config.num_nextn_predict_layers += num_layers
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> torch.Tensor | None:
+        """The mask that `generate` makes in advance for a static cache."""
+        return packed_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`."""

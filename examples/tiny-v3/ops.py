@@ -3,12 +3,16 @@
 import torch
 import torch.nn.functional as F
 
+from .triton_kernels import AVAILABLE, GROUP
+from .triton_kernels import block_scaled_product as triton_block_scaled_product
+
 _ONEDNN = torch.backends.mkldnn.is_available()
 SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
     dtype
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
     if not (_ONEDNN and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 }
+FP8_PRODUCT = "auto"  # or "kernel", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -55,7 +59,7 @@ def absorbed_attention(
     """As [`absorbed_attention_reference`], with the heads folded into the query axis: the latent is read once for all of them."""
     batch, heads, length, _ = q_nope.shape
     dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
-    if not _has_fast_gemm(latent.device.type, dtype):
+    if not has_fast_gemm(latent.device.type, dtype):
         compute, block = torch.float32, UPCAST_BLOCK
     q_latent = _per_head(q_nope.to(compute), w_uk.to(compute)).reshape(batch, heads * length, -1)
     q_rope = q_rope.to(compute).reshape(batch, heads * length, -1)
@@ -78,7 +82,7 @@ def absorbed_attention(
     return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
 
 
-def _has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
+def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
     """Whether matrix products in `dtype` are worth running as they are.
 
     A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
@@ -101,3 +105,56 @@ def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
     elif mask is not None:
         scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
+
+
+def block_scaled_product_reference(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], ue8m0: bool = False
+) -> torch.Tensor:
+    """`x` times a block-FP8 weight as in DeepSeek-V3's inference code: the activations are rounded to E4M3 too (report, 3.3.2).
+
+    Args:
+        x `[..., n]`: every 1 x 128 of it gets a scale, amax (at least 1e-4) / 448.
+        weight `[m, n]` in FP8 with scales `[ceil(m / rows), ceil(n / columns)]` of `block_size`.
+        ue8m0: rounds the scales of `x` up to a power of two, as in V3.1.
+
+    Returns:
+        `[..., m]` in the dtype of `x`, summed in fp32.
+    """
+    groups = -(-x.shape[-1] // GROUP)
+    padded = F.pad(x.float(), (0, groups * GROUP - x.shape[-1])).unflatten(-1, (groups, GROUP))
+    x_scale = padded.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448
+    if ue8m0:
+        mantissa, exponent = torch.frexp(x_scale)
+        x_scale = torch.ldexp(torch.ones_like(x_scale), exponent - (mantissa == 0.5).int())
+    rounded = ((padded / x_scale).to(torch.float8_e4m3fn).float() * x_scale).flatten(-2)[..., : x.shape[-1]]
+    rows, columns = (
+        torch.arange(size, device=x.device) // block for size, block in zip(weight.shape, block_size, strict=True)
+    )
+    return F.linear(rounded, weight.float() * scale.float()[rows][:, columns]).to(x.dtype)
+
+
+def block_scaled_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], ue8m0: bool = False
+) -> torch.Tensor:
+    """[`block_scaled_product_reference`] in one kernel, which multiplies in FP8; for what [`multiplies_fp8`] says yes to."""
+    flat = x.reshape(-1, x.shape[-1])
+    return triton_block_scaled_product(flat, weight, scale, block_size[0], ue8m0).view(*x.shape[:-1], weight.shape[0])
+
+
+def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
+    """Whether a product with this FP8 weight runs in FP8: by [`FP8_PRODUCT`], on GPUs that can (compute capability 8.9).
+
+    Raises:
+        ValueError: for another `FP8_PRODUCT`, and for "kernel" where there is none.
+    """
+    if FP8_PRODUCT not in ("auto", "kernel", "dequantize"):
+        raise ValueError(f"FP8_PRODUCT is 'auto', 'kernel' or 'dequantize', got {FP8_PRODUCT!r}.")
+    fits = AVAILABLE and weight.dtype == torch.float8_e4m3fn and block_size[1] == GROUP
+    if FP8_PRODUCT == "kernel" and not fits:
+        raise ValueError(
+            f"FP8_PRODUCT = 'kernel' wants Triton and E4M3 weights with blocks of {GROUP} columns, got {weight.dtype} and "
+            f"{tuple(block_size)}: leave it at 'auto'."
+        )
+    if FP8_PRODUCT != "auto":
+        return FP8_PRODUCT == "kernel"
+    return fits and weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (8, 9)

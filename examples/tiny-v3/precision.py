@@ -5,7 +5,8 @@ import re
 import torch
 from torch import nn
 
-from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, FP8Experts, FP8Linear, FusedSlice, checkpoint_slices, quantize
+from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, FP8Experts, FP8Linear, quantize
+from .fp8_checkpoint import FusedSlice, checkpoint_slices
 from .moe import DeepseekExperts
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
@@ -25,7 +26,8 @@ def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, i
     Raises:
         ValueError: for a layer whose experts are FP8 in part, and as [`checkpoint_slices`].
     """
-    slices, quantized = checkpoint_slices(files)
+    slices, quantized = checkpoint_slices(files, block_size)
+    ue8m0 = model.config.quantization_config.get("scale_fmt") == "ue8m0"
     modules = dict(model.named_modules())
     layers: dict[str, dict] = {}
     for name in sorted(quantized):
@@ -37,7 +39,7 @@ def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, i
         module = modules.get(_in_model(model, path))
         if isinstance(module, nn.Linear):
             weight, scale = (_like(slices[key]) for key in (name, name + SCALE_SUFFIX))
-            _replace(model, _in_model(model, path), FP8Linear(weight, scale, block_size, module.bias))
+            _replace(model, _in_model(model, path), FP8Linear(weight, scale, block_size, module.bias, ue8m0))
     for path, names in layers.items():
         module = modules.get(_in_model(model, path))
         if module is None:
@@ -60,7 +62,7 @@ def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, i
                 del slices[name + suffix]
         slices |= {f"{path}.{name}": lazy for name, lazy in fused.items()}
         empty = {name: _like(lazy) for name, lazy in fused.items()}
-        _replace(model, _in_model(model, path), FP8Experts(empty, block_size, model.config.hidden_act))
+        _replace(model, _in_model(model, path), FP8Experts(empty, block_size, model.config.hidden_act, ue8m0))
     return slices
 
 
@@ -96,7 +98,7 @@ def quantize_model(model: nn.Module, scale_fmt: str | None, block_size: tuple[in
             _replace(model, path, _quantized_experts(module, scale_fmt, block_size, model.config.hidden_act))
         elif type(module) is nn.Linear and _QUANTIZED.search(path):
             weight, scale = quantize(module.weight, block_size, scale_fmt)
-            _replace(model, path, FP8Linear(weight, scale, block_size, module.bias))
+            _replace(model, path, FP8Linear(weight, scale, block_size, module.bias, scale_fmt == "ue8m0"))
 
 
 def _quantized_experts(module: DeepseekExperts, scale_fmt, block_size, hidden_act: str) -> FP8Experts:
@@ -110,7 +112,7 @@ def _quantized_experts(module: DeepseekExperts, scale_fmt, block_size, hidden_ac
         found["down_proj_scale_inv"].append(scale)
     fused = {name: torch.stack(parts) for name, parts in found.items()}
     fused |= {name: fused[name].view(torch.float8_e4m3fn) for name in ("gate_up_proj", "down_proj")}
-    return FP8Experts(fused, block_size, hidden_act)
+    return FP8Experts(fused, block_size, hidden_act, scale_fmt == "ue8m0")
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from .checkpoint import (
 )
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder import DeepseekDecoderLayer
-from .fp8 import dequantized_state_dict, official_fp8_config, without_fp8
+from .fp8 import SCALE_SUFFIX, official_fp8_config
+from .fp8_checkpoint import dequantized_state_dict, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
 from .moe import DeepseekExperts
 from .precision import dequantize_model, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
@@ -119,6 +120,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         )
         if files or state_dict is not None:
             shapes = safetensors_shapes(files) if files else {name: tuple(x.shape) for name, x in state_dict.items()}
+            scale = next((name for name in shapes if name.endswith(SCALE_SUFFIX)), None)
+            if scale is not None and block_size is None and load_config.hf_quantizer is None:
+                raise ValueError(
+                    f"The checkpoint has block-FP8 scales ({scale}), and no quantization_config says how to read them: put "
+                    f"{official_fp8_config()} into config.json, or download it again."
+                )
             check_experts(model.config, len(model.base_model.layers), shapes, load_config.ignore_mismatched_sizes)
         if files and block_size is not None and model.config.fp8_weights == "keep":
             state_dict, checkpoint_files = kept_state_dict(model, files, block_size), None

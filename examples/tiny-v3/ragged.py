@@ -15,16 +15,26 @@ class RaggedRows:
 
     Args:
         cache: with any contents, alike in all rows.
-        padding `[B, P]`: 0 for slots that hold no token (left padding), or `None`.
+        padding `[B, P]`: 0 for slots that hold no token (left padding), or `None`. Without it a row's last token belongs to the
+            document that began as many slots before as its position says, and sees none of an earlier one.
         last_positions `[B]`: position of each row's last token; -1 for an empty cache.
+
+    Raises:
+        ValueError: for padding that is wider or narrower than a cache that holds tokens.
     """
 
     def __init__(self, cache: Cache, padding: torch.Tensor | None, last_positions: torch.Tensor):
         self.cache = cache
         self.end = int(cache.get_seq_length())  # slots in use: the longest row's
         self.lengths = [self.end] * len(last_positions)
+        if padding is not None and self.end and padding.shape[1] != self.end:
+            raise ValueError(
+                f"The attention_mask is {padding.shape[1]} wide and the cache holds {self.end} tokens, so that it is unknown which "
+                "of them are padding: pass one as wide as the tokens, or drop use_mtp."
+            )
         self.padding = padding.bool() if padding is not None and not padding.all() else None
         self.offsets = last_positions + 1 - self.end  # from slots to positions
+        self.packed = self.padding is None and bool((self.offsets < 0).any())
 
     def positions(self, width: int) -> torch.Tensor:
         """`position_ids` `[B, width]` of the next tokens of every row."""
@@ -33,13 +43,15 @@ class RaggedRows:
 
     def mask(self, width: int) -> torch.Tensor | None:
         """Attention mask `[B, end + width]` for `width` new tokens; `None` where every slot holds a token."""
-        if self.padding is None and min(self.lengths) == self.end:
+        if self.padding is None and not self.packed and min(self.lengths) == self.end:
             return None
         device = self.offsets.device
         slots, lengths = torch.arange(self.end + width, device=device), torch.tensor(self.lengths, device=device)
         seen = (slots < lengths[:, None]) | (slots >= self.end)
         if self.padding is not None:
-            seen[:, : self.padding.shape[1]] &= self.padding[:, : seen.shape[1]]
+            seen[:, : self.padding.shape[1]] &= self.padding
+        if self.packed:
+            seen &= slots >= -self.offsets[:, None]
         return seen.long()
 
     def keep(self, counts: list[int], width: int) -> None:
@@ -84,15 +96,14 @@ def check_can_shrink(cache: Cache) -> None:
 
 
 class Sequences:
-    """Token ids `[B, T]` of which row r has `lengths[r]`; they stop, are padded and streamed as `generate` does it.
+    """Token ids of which row r has `lengths[r]`; they stop, are padded and streamed as `generate` does it.
 
     With an end-of-sequence criterion a row stops where it meets any criterion; without one, all rows go on until the last of
-    them has met one.
+    them has met one. Criteria see all rows at the length of those in question, others padded.
 
     Args:
         input_ids `[B, S]`: the prompt.
         criteria: of `generate`; one of them is met at `max_length`.
-        spare: places behind `max_length`, for drafts.
         pad: padding token, behind rows that stopped early.
     """
 
@@ -101,12 +112,11 @@ class Sequences:
         input_ids: torch.Tensor,
         criteria: StoppingCriteriaList,
         max_length: int,
-        spare: int,
         pad: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
     ):
         batch, prompt = input_ids.shape
-        self.ids = nn.functional.pad(input_ids, (0, max_length - prompt + spare))
+        self.ids = input_ids.long()
         self.rows = torch.arange(batch, device=self.ids.device)[:, None]
         self.lengths, self.prompt, self.max_length = [prompt] * batch, prompt, max_length
         self.criteria, self.pad, self.streamer, self.streamed = criteria, pad, streamer, prompt
@@ -127,29 +137,49 @@ class Sequences:
 
     def at(self, offset: int, width: int) -> torch.Tensor:
         """The ids `[B, width]` that begin `offset` places behind every row's tokens."""
-        return self.ids[self.rows, self._places(offset, width)]
+        places = self._places(offset, width)
+        return self.ids[self.rows, places]
 
     def write(self, tokens: torch.Tensor, offset: int = 0) -> None:
         """Puts `[B, width]` at these places, without making them part of the rows."""
-        self.ids[self.rows, self._places(offset, tokens.shape[1])] = tokens.to(self.ids.device)
+        places = self._places(offset, tokens.shape[1])
+        self.ids[self.rows, places] = tokens.to(self.ids.device)
 
     def _places(self, offset: int, width: int) -> torch.Tensor:
+        """Their indices `[B, width]` in `ids`, which is made longer where it must be."""
+        missing = max(self.lengths) + offset + width - self.ids.shape[1]
+        if missing > 0:
+            self.ids = nn.functional.pad(self.ids, (0, max(missing, self.ids.shape[1], 64)))
         starts = torch.tensor(self.lengths, device=self.ids.device) + offset
         return starts[:, None] + torch.arange(width, device=starts.device)
+
+    def shown(self, length: int, rows: list[int]) -> torch.Tensor:
+        """Ids `[B, length]` for who looks at `rows`, drafts among them: other rows are padded behind their last token."""
+        ids = self.ids[:, :length].clone()
+        if len(rows) == len(ids):
+            return ids
+        held = torch.tensor(self.lengths, device=ids.device)
+        held[rows] = length
+        padding = ids.new_zeros(()) if self.pad is None else self.pad.to(ids.device)
+        return torch.where(torch.arange(length, device=ids.device) < held[:, None], ids, padding)
 
     def grow(self, tokens: torch.Tensor, counts: list[int], scores: tuple | None = None) -> list[int]:
         """Appends the first `counts[r]` of `tokens` `[B, m]` to row r, up to where it stops; returns how many it got."""
         self.write(tokens)
         counts = list(map(min, counts, self.rooms))
-        reached = {length + j for length, count in zip(self.lengths, counts, strict=True) for j in range(1, count + 1)}
-        for length in sorted(reached):  # the criteria see every length once, as without drafts
+        ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        for length in range(min(self.lengths) + 1, max(ends) + 1):  # the criteria see the rows grow one by one
+            rows = [row for row, end in enumerate(ends) if self.lengths[row] < length <= end]
+            if not rows:
+                continue
             seen = None if scores is None else scores[: length - self.prompt]
-            for row, met in enumerate(self.criteria(self.ids[:, :length], seen).tolist()):
-                new = length - self.lengths[row]
-                if met and self.met[row] is None and 0 < new <= counts[row]:
+            stop = self.criteria(self.shown(length, rows), seen).tolist()
+            for row in rows:
+                if stop[row] and self.met[row] is None:
                     self.met[row] = length
-                    counts[row] = new if self.has_eos else counts[row]
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+                    ends[row] = length if self.has_eos else ends[row]
+        counts = [end - length for end, length in zip(ends, self.lengths, strict=True)]
+        self.lengths = ends
         if self.streamer is not None:
             self._stream()
         return counts

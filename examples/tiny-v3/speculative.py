@@ -22,10 +22,13 @@ from transformers.generation.logits_process import (
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
@@ -47,13 +50,19 @@ _CONTEXT_FREE = (
     TypicalLogitsWarper,
 )
 
+# They remember earlier calls, which one row repeats in order and several do not.
+_STATEFUL = {
+    SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+}
+
 
 @dataclass
 class MTPStats(ModelOutput):
     """What came of the drafts.
 
-    drafted `[batch]`: drafts that the main model judged and the row had room for.
-    accepted `[batch]`: those among them that stand in the result.
+    drafted `[batch]`: drafts for places that the row's result has.
+    accepted `[batch]`: those among them that stand in it.
     acceptance_rate (`float`): accepted / drafted over all rows, 0 without drafts.
     """
 
@@ -70,28 +79,65 @@ class DeepseekGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class Chooser:
-    """Turns logits into tokens: the logits processors of `generate`, then the best token or a sampled one."""
+    """Turns logits into tokens: the logits processors of `generate`, then the best token or a sampled one.
 
-    def __init__(self, processors: LogitsProcessorList, sample: bool):
-        self.processors, self.sample = processors, sample
+    The main model's logits go through all of them. Drafts are chosen with those of transformers that take any text: the others
+    are never asked about a text that is not a row's own, as it stands.
+
+    Raises:
+        ValueError: for a processor that remembers earlier calls, beside several rows.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, sample: bool, rows: int):
+        for processor in processors:
+            if type(processor) in _STATEFUL and rows > 1:
+                raise ValueError(
+                    f"{type(processor).__name__} remembers what it was asked, and with use_mtp=True {rows} rows advance by "
+                    f"different numbers of tokens: drop {_STATEFUL[type(processor)]} or use_mtp, or generate row by row."
+                )
+        self.sample, self.rows = sample, list(range(rows))
         self.context_free = all(type(processor) in _CONTEXT_FREE for processor in processors)
+        self.processors = LogitsProcessorList(map(self._restricted, processors))
+        particular = (PrefixConstrainedLogitsProcessor, *_STATEFUL)
+        self.for_drafts = LogitsProcessorList(
+            processor
+            for processor in processors
+            if type(processor).__module__.startswith("transformers.") and type(processor) not in particular
+        )
 
-    def scores(self, logits: torch.Tensor, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Processed fp32 scores `[B, m, V]`; place j of row r follows `ids[r, : lengths[r] + j]`.
+    def _restricted(self, processor):
+        """A `prefix_allowed_tokens_fn` may fail for a text that cannot occur: it is not asked about the rows beside."""
+        if type(processor) is not PrefixConstrainedLogitsProcessor:
+            return processor
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(
+            lambda row, ids: allowed(row, ids) if row in self.rows else [0], num_beams=1
+        )
 
-        The processors see what they would see without drafts: one length at a time, all rows, the row's own tokens.
+    def scores(self, logits: torch.Tensor, text: Sequences, rows: list[int]) -> torch.Tensor:
+        """Processed fp32 scores `[B, m, V]` of the next m tokens of `rows`; others keep their logits.
+
+        As without drafts the processors see one length at a time, all rows, and the row's own tokens; a row beside it that is
+        shorter has padding at its end. Unless all of them look at the scores alone, m is 1.
         """
-        logits = logits.float()
-        if not self.processors:
-            return logits
-        if self.context_free:
-            return self.processors(ids, logits.flatten(0, 1)).view_as(logits)
-        scores = torch.empty_like(logits)
-        for place in range(logits.shape[1]):
-            for length in set(lengths):
-                rows = [row for row, own in enumerate(lengths) if own == length]
-                processed = self.processors(ids[:, : length + place], logits[:, place].clone())
-                scores[rows, place] = processed[rows]
+        if not self.processors or self.context_free:
+            return self.processors(text.ids, logits.flatten(0, 1)).view_as(logits)
+        return self._by_length(self.processors, logits[:, 0], text, rows, 0)[:, None]
+
+    def draft_scores(self, logits: torch.Tensor, text: Sequences, place: int) -> torch.Tensor:
+        """`[B, V]` for the token behind `place` drafts of every row."""
+        if not self.for_drafts or self.context_free:
+            return self.for_drafts(text.ids, logits)
+        return self._by_length(self.for_drafts, logits, text, list(range(len(logits))), place)
+
+    def _by_length(
+        self, processors, logits: torch.Tensor, text: Sequences, rows: list[int], place: int
+    ) -> torch.Tensor:
+        scores = logits.clone()
+        for length in sorted({text.lengths[row] for row in rows}):
+            self.rows = [row for row in rows if text.lengths[row] == length]
+            processed = processors(text.shown(length + place, self.rows), logits.clone())
+            scores[self.rows] = processed[self.rows]
         return scores
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -104,34 +150,37 @@ class Chooser:
     def judge(
         self, drafts: torch.Tensor, draft_probs: torch.Tensor | None, scores: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many leading drafts each row accepts `[B]`, and the row's tokens `[B, K + 1]`: these drafts and one more.
+        """How many leading drafts each row accepts `[B]`, and the row's tokens `[B, m]`: these drafts and one more.
 
         Args:
             drafts `[B, K]`: proposed tokens, drawn from `draft_probs` `[B, K, V]` if sampled.
-            scores `[B, K + 1, V]`: of the main model, for each draft and for the token behind them.
+            scores `[B, m, V]`: of the main model, for each draft and (m = K + 1), if it is known, for the token behind them.
         """
+        number = drafts.shape[1]
         if not self.sample:
             tokens = scores.argmax(-1)
-            return (tokens[:, :-1] == drafts).long().cumprod(-1).sum(-1), tokens
+            return (tokens[:, :number] == drafts).long().cumprod(-1).sum(-1), tokens
         probs = scores.softmax(-1)
-        wanted, offered = (p.gather(-1, drafts[..., None]).squeeze(-1) for p in (probs[:, :-1], draft_probs))
+        wanted, offered = (p.gather(-1, drafts[..., None]).squeeze(-1) for p in (probs[:, :number], draft_probs))
         accepted = (torch.rand_like(wanted) * offered < wanted).long().cumprod(-1).sum(-1)
         # of the first rejected place, what the drafts did not cover; behind the last one nothing was drafted
-        at = accepted[:, None, None].expand(-1, 1, probs.shape[-1])
-        left = (probs - nn.functional.pad(draft_probs, (0, 0, 0, 1))).clamp(min=0).gather(1, at).squeeze(1)
-        left = torch.where(left.sum(-1, keepdim=True) > 0, left, probs.gather(1, at).squeeze(1))
-        tokens = nn.functional.pad(drafts, (0, 1))
-        return accepted, tokens.scatter(1, accepted[:, None], torch.multinomial(left, 1))
+        last = probs.shape[1] - 1
+        at = accepted.clamp(max=last)[:, None, None].expand(-1, 1, probs.shape[-1])
+        left = (probs - nn.functional.pad(draft_probs, (0, 0, 0, last + 1 - number))).clamp(min=0).gather(1, at)
+        left, probs = left.squeeze(1), probs.gather(1, at).squeeze(1)
+        left = torch.where(left.sum(-1, keepdim=True) > 0, left, probs)
+        tokens = nn.functional.pad(drafts, (0, 1)).scatter(1, accepted[:, None], torch.multinomial(left, 1))
+        return accepted, tokens[:, : last + 1]
 
 
 class _Recorder:
-    """Keeps what the decoder is given with `cache` and what it returns, while the model is called in the usual way.
+    """Keeps what the decoder is given and what it returns, while the model is called in the usual way.
 
-    Another thread may generate with the same model: its calls have another cache.
+    As soon as the cache is known, calls with another one are left out: they belong to another thread.
     """
 
-    def __init__(self, decoder: nn.Module, cache: Cache):
-        self.cache = cache
+    def __init__(self, decoder: nn.Module):
+        self.cache: Cache | None = None
         self.calls: list[tuple[dict, torch.Tensor]] = []
         self.handle = decoder.register_forward_hook(self._record, with_kwargs=True)
 
@@ -142,15 +191,15 @@ class _Recorder:
         self.handle.remove()
 
     def _record(self, _decoder: nn.Module, _args: tuple, kwargs: dict, output) -> None:
-        if kwargs.get("past_key_values") is self.cache:
+        if self.cache is None or kwargs.get("past_key_values") is self.cache:
             self.calls.append((kwargs, output[0]))
 
-    def take(self, *names: str) -> tuple[torch.Tensor | None, ...]:
-        """Last hidden states `[B, S, d]` of the calls since the last `take`, and their arguments of these names."""
-        given = [[kwargs.get(name) for kwargs, _ in self.calls] for name in names]
-        states = torch.cat([states for _, states in self.calls], dim=1)
+    def take(self, cache: Cache) -> tuple[torch.Tensor, list[dict]]:
+        """Last hidden states `[B, S, d]` of the calls with `cache` since the last `take`, and the arguments of each."""
+        self.cache = cache
+        calls = [call for call in self.calls if call[0].get("past_key_values") is cache]
         self.calls.clear()
-        return states, *(None if parts[0] is None else torch.cat(parts, dim=1) for parts in given)
+        return torch.cat([states for _, states in calls], dim=1), [kwargs for kwargs, _ in calls]
 
 
 class _Steps:
@@ -168,6 +217,64 @@ class _Steps:
                 self.steps += (torch.zeros_like(scores[:, 0], dtype=torch.float),)
             for j in range(count):
                 self.steps[start + j][row] = scores[row, j]
+
+
+class _Referee:
+    """Decides which tokens are drafted and which of them stand, and keeps what `generate` reports of it."""
+
+    def __init__(self, chooser: Chooser, text: Sequences, config: GenerationConfig):
+        self.chooser, self.text = chooser, text
+        kept = config.return_dict_in_generate
+        self.scores, self.logits = _Steps(kept and config.output_scores), _Steps(kept and config.output_logits)
+        self.offered: list[torch.Tensor | None] = []  # what the drafts of this round were drawn from
+        self.rounds: list[tuple[int, list[int], list[int]]] = []  # drafts, lengths before, drafts that were right
+
+    def draft(self, logits: torch.Tensor, place: int) -> torch.Tensor:
+        """Chooses the draft `[B]` behind `place` drafts by `logits` `[B, V]`."""
+        scores = self.chooser.draft_scores(logits.to(self.text.ids.device, torch.float), self.text, place)
+        tokens, offered = self.chooser.choose(scores)
+        self.text.write(tokens[:, None], place)
+        self.offered.append(offered)
+        return tokens.to(logits.device)
+
+    def decide(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Lets the main model's `logits` `[B, m, V]` judge the m - 1 drafts: tokens `[B, m]`, and how many each row got.
+
+        All places at once where no processor looks at the text; else place by place, so that none is asked about a draft.
+        """
+        text, number, before = self.text, logits.shape[1] - 1, self.text.lengths
+        logits = logits.to(text.ids.device, torch.float, copy=True)
+        drafts = text.at(0, number)
+        offered = torch.stack(self.offered, dim=1) if number and self.chooser.sample else logits[:, :0]
+        self.offered.clear()
+        width = number + 1 if self.chooser.context_free else 1
+        going, decided, accepted = [row for row, room in enumerate(text.rooms) if room], [], [0] * len(before)
+        for first in range(0, number + 1, width):
+            places = slice(first, first + width)
+            scores = self.chooser.scores(logits[:, places], text, going)
+            right, tokens = self.chooser.judge(drafts[:, places], offered[:, places], scores)
+            decided.append(tokens)
+            lengths, right = text.lengths, right.tolist()
+            counts = [min(right[row] + 1, width) if row in going else 0 for row in range(len(lengths))]
+            start, counts = [length - text.prompt for length in lengths], list(map(min, counts, text.rooms))
+            self.scores.add(scores, start, counts)
+            self.logits.add(logits[:, places], start, counts)
+            counts = text.grow(tokens, counts, self.scores.steps)
+            accepted = [known + min(right[row], counts[row]) for row, known in enumerate(accepted)]
+            going = [row for row in going if right[row] == width and text.rooms[row]]
+        self.rounds.append((number, before, accepted))
+        counts = [length - known for length, known in zip(text.lengths, before, strict=True)]
+        return torch.cat(decided, dim=1), counts
+
+    def stats(self) -> MTPStats:
+        drafted, accepted = torch.zeros(2, len(self.text.lengths), dtype=torch.long)
+        for row, end in enumerate(self.text.limits):
+            for number, lengths, right in self.rounds:
+                room = max(0, end - lengths[row])
+                drafted[row] += min(number, room)
+                accepted[row] += min(right[row], room)
+        rate = accepted.sum().item() / max(1, drafted.sum().item())
+        return MTPStats(drafted=drafted, accepted=accepted, acceptance_rate=rate)
 
 
 class MTPGenerationMixin(GenerationMixin):
@@ -212,16 +319,23 @@ def check_request(config, mode: GenerationMode, generation_config: GenerationCon
             "checkpoint that has them, or add and train them (add_mtp_layers)."
         )
     given = {
-        name: getattr(generation_config, name, None) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+        name: getattr(generation_config, name, None)
+        for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight")
     }
     given["assistant_model"] = mode_kwargs.get("assistant_model")
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"use_mtp=True and {name} both propose tokens: drop one of the two.")
+            raise ValueError(f"use_mtp=True drafts by itself, and {name} is for other ones: drop one of the two.")
     if mode != GenerationMode.ASSISTED_GENERATION:
         raise ValueError(
             f"use_mtp=True works with greedy search and sampling, and these arguments ask for {mode.value}: drop use_mtp, or what "
             "asks for it (num_beams, penalty_alpha, dola_layers, ...)."
+        )
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"use_mtp=True needs positions that stay what they are while the text grows; rope_type {rope_type!r} changes them: "
+            "drop use_mtp."
         )
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
@@ -261,92 +375,83 @@ def decode(
     inputs_tensor: torch.Tensor | None = None,
     **model_kwargs,
 ) -> DeepseekGenerateOutput | torch.LongTensor:
-    """The loop behind `generate(..., use_mtp=True)`; its arguments are as `generate` prepares them."""
-    config, cache, batch = generation_config, model_kwargs["past_key_values"], input_ids.shape[0]
+    """The loop behind `generate(..., use_mtp=True)`; its arguments are as `generate` prepares them.
+
+    In the cache that it returns, slots behind a row's last token but one hold nothing that can be used.
+    """
+    config, cache, mask = generation_config, model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    chooser = Chooser(logits_processor, config.do_sample, len(input_ids))
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)  # PEFT's model, if it has one's place
+    if config.prefill_chunk_size and getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size} puts a tuned prompt before every chunk: drop it, or use_mtp."
+        )
+    unseen = 0 if mask is None else mask.shape[1] - input_ids.shape[1]  # in the cache, and not among the ids
     check_can_shrink(cache)
+    static_capacity(cache, len(input_ids), config.max_length + unseen - 1)
     decoder, most = model.get_decoder(), config.num_assistant_tokens
     others = {name: value for name, value in model_kwargs.items() if name not in _HANDLED}
-    chooser = Chooser(logits_processor, config.do_sample)
-    text = Sequences(input_ids, stopping_criteria, config.max_length, most + 1, config._pad_token_tensor, streamer)
-    kept = config.return_dict_in_generate
-    kept_scores, kept_logits = _Steps(kept and config.output_scores), _Steps(kept and config.output_logits)
-    drafted, accepted = [0] * batch, [0] * batch
-    probs: list[torch.Tensor] = []
+    text = Sequences(input_ids, stopping_criteria, config.max_length, config._pad_token_tensor, streamer)
+    referee = _Referee(chooser, text, config)
 
-    def draft(logits: torch.Tensor, place: int) -> torch.Tensor:
-        lengths = [length + place for length in text.lengths]
-        scores = chooser.scores(logits[:, None].to(text.ids.device), text.ids, lengths)
-        tokens, offered = chooser.choose(scores[:, 0])
-        text.write(tokens[:, None], place)
-        probs.append(offered)
-        return tokens.to(logits.device)
-
-    def judge(logits: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Lets the main model's `logits` `[B, m, V]` decide on the m - 1 drafts: tokens `[B, m]`, and how many each row got."""
-        number = logits.shape[1] - 1
-        logits = logits.to(text.ids.device, torch.float, copy=True)
-        scores = chooser.scores(logits, text.ids, text.lengths)
-        offered = torch.stack(probs, dim=1) if number and config.do_sample else scores[:, :0]
-        right, tokens = chooser.judge(text.at(0, number), offered, scores)
-        right, rooms, start = right.tolist(), text.rooms, [length - text.prompt for length in text.lengths]
-        counts = [min(count + 1, room) for count, room in zip(right, rooms, strict=True)]
-        kept_scores.add(scores, start, counts)
-        kept_logits.add(logits, start, counts)
-        counts = text.grow(tokens, counts, kept_scores.steps)
-        for row in range(batch):
-            drafted[row] += min(number, rooms[row])
-            accepted[row] += min(right[row], counts[row])
-        probs.clear()
-        return tokens, counts
-
-    with _Recorder(decoder, cache) as recorder, model._optimize_model_for_decode():
-        logits = model._prefill(input_ids, config, model_kwargs).logits[:, -1:]
-        states, ids, embeds, position_ids = recorder.take("input_ids", "inputs_embeds", "position_ids")
+    with _Recorder(decoder) as recorder:
+        outputs = model._prefill(input_ids, config, model_kwargs)
+        cache = outputs.past_key_values  # with prefix tuning not the one it was given
+        check_can_shrink(cache)
+        states, calls = recorder.take(cache)
+        prompt = {name: [call.get(name) for call in calls] for name in ("input_ids", "inputs_embeds", "position_ids")}
+        prompt = {name: None if parts[0] is None else torch.cat(parts, dim=1) for name, parts in prompt.items()}
+        position_ids, embeds = prompt["position_ids"], prompt["inputs_embeds"]
         if position_ids is None:
-            position_ids = (
-                torch.arange(states.shape[1], device=states.device)[None] + cache.get_seq_length() - states.shape[1]
-            )
-        position_ids = position_ids.expand(batch, -1)
-        rows = RaggedRows(cache, model_kwargs.get("attention_mask"), position_ids[:, -1])
-        unseen = rows.end - input_ids.shape[1]  # in the cache, and not among the ids
-        capacity = static_capacity(cache, batch, config.max_length + unseen - 1)
+            past = int(cache.get_seq_length()) - states.shape[1]
+            position_ids = torch.arange(past, past + states.shape[1], device=states.device)[None]
+        position_ids = position_ids.expand(len(input_ids), -1)
+        seen = calls[-1].get("attention_mask")  # wider than `mask` with prompt tuning; with a static cache it is 4-D
+        rows = RaggedRows(cache, seen if seen is not None and seen.ndim == 2 else mask, position_ids[:, -1])
+        unseen = rows.end - input_ids.shape[1]
+        capacity = static_capacity(cache, len(input_ids), config.max_length + unseen - 1)
         drafter = MTPDrafter(model, rows, states.shape[1], most)
-        tokens, _ = judge(logits)
-        following = decoder.embed_tokens(tokens.to(states.device))
-        embeds = decoder.embed_tokens(ids) if embeds is None else embeds
-        embeds, counts = torch.cat((embeds[:, 1:], following), dim=1), [states.shape[1]] * batch
+        last_positions = rows.offsets + config.max_length + unseen - 1  # what a longer row drafts beyond is not used
 
-        while model._has_unfinished_sequences(not any(text.rooms), synced_gpus, device=input_ids.device):
-            number = most if synced_gpus else min(most, max(text.rooms) - 1)  # ranks must call the same modules
-            if capacity is not None:
-                number = min(number, capacity - rows.end - 1)
-            if number:
-                drafter.propose(number, states, embeds, counts, draft, position_ids)
-            logits = model(
-                input_ids=text.at(-1, number + 1).to(states.device),
-                attention_mask=rows.mask(number + 1),
-                position_ids=rows.positions(number + 1),
-                past_key_values=cache,
-                use_cache=True,
-                **others,
-            ).logits
-            states, position_ids = *recorder.take(), None
-            tokens, counts = judge(logits)
-            rows.keep(counts, number + 1)
-            embeds = decoder.embed_tokens(tokens.to(states.device))
+        def room_for_drafts() -> int:
+            number = most if synced_gpus else max(0, min(most, max(text.rooms) - 1))  # ranks must call the same modules
+            return number if capacity is None else max(0, min(number, capacity - rows.end - 1))
+
+        tokens, counts = referee.decide(outputs.logits[:, -1:])
+        del outputs
+        number = room_for_drafts()
+        if number:
+            embeds = decoder.embed_tokens(prompt["input_ids"]) if embeds is None else embeds
+            embeds = torch.cat((embeds[:, 1:], decoder.embed_tokens(tokens.to(states.device))), dim=1)
+            drafter.read_prompt(number, states, embeds, position_ids, referee.draft, config.prefill_chunk_size)
+        with model._optimize_model_for_decode():  # for few tokens at a time, unlike the prompt
+            while model._has_unfinished_sequences(not any(text.rooms), synced_gpus, device=input_ids.device):
+                logits = model(
+                    input_ids=text.at(-1, number + 1).to(states.device),
+                    attention_mask=rows.mask(number + 1),
+                    position_ids=rows.positions(number + 1).minimum(last_positions[:, None]),
+                    past_key_values=cache,
+                    use_cache=True,
+                    **others,
+                ).logits
+                states, _ = recorder.take(cache)
+                tokens, counts = referee.decide(logits)
+                rows.keep(counts, number + 1)
+                number = room_for_drafts()
+                if number:
+                    embeds = decoder.embed_tokens(tokens.to(states.device))
+                    drafter.propose(number, states, embeds, counts, referee.draft)
 
     length = max(text.limits)
-    rows.cut([length + unseen - 1] * batch)
+    rows.cut([length + unseen - 1] * len(input_ids))
     if streamer is not None:
         streamer.end()
-    if not kept:
+    if not config.return_dict_in_generate:
         return text.padded(length)
-    drafted, accepted = torch.tensor(drafted), torch.tensor(accepted)
-    rate = accepted.sum().item() / max(1, drafted.sum().item())
     return DeepseekGenerateOutput(
         sequences=text.padded(length),
-        scores=kept_scores.steps and kept_scores.steps[: length - text.prompt],
-        logits=kept_logits.steps and kept_logits.steps[: length - text.prompt],
+        scores=referee.scores.steps and referee.scores.steps[: length - text.prompt],
+        logits=referee.logits.steps and referee.logits.steps[: length - text.prompt],
         past_key_values=cache,
-        mtp_stats=MTPStats(drafted=drafted, accepted=accepted, acceptance_rate=rate),
+        mtp_stats=referee.stats(),
     )
