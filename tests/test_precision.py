@@ -254,3 +254,14 @@ def test_mtp_layers_may_be_added_to_weights_that_are_kept(tmp_path):
     model.save_pretrained(tmp_path)
     (*_, found) = load("keep", tmp_path, dtype=torch.bfloat16)(IDS, output_mtp_logits=True).mtp_logits
     torch.testing.assert_close(found, expected)
+
+
+def test_a_kept_model_that_was_dequantised_saves_what_the_dequantised_one_does(tmp_path, dequantized):
+    kept = load("keep")
+    kept.dequantize_fp8()
+    for name, model in (("kept", kept), ("dequantized", dequantized)):
+        model.save_pretrained(tmp_path / name)
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "dequantized"))
+    assert ours.keys() == theirs.keys()
+    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in ours
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
