@@ -1,6 +1,5 @@
 """The pretraining script's parts: split, tokenizer, packing, bits per byte; and a run of two steps."""
 
-import importlib.util
 import math
 import shutil
 import sysconfig
@@ -13,14 +12,6 @@ from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain_tiny.py"
 MICRO = dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, vocab_size=300)
-
-
-@pytest.fixture(scope="module")
-def pretrain():
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

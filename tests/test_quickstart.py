@@ -13,13 +13,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_deepseek import DeepseekV3ForCausalLM
+from modeling_deepseek.conversion.quantization import to_fp8
 from modeling_deepseek.hub import auto_map_for, code_files
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TINY = EXAMPLES / "tiny-v3"
+TINY, TINY_FP8 = EXAMPLES / "tiny-v3", EXAMPLES / "tiny-v3-fp8"
 CONFIG = json.loads((TINY / "config.json").read_text())
 LATENT_ELEMENTS = CONFIG["num_hidden_layers"] * (CONFIG["kv_lora_rank"] + CONFIG["qk_rope_head_dim"])
 FULL_ELEMENTS = (
@@ -176,3 +178,27 @@ def test_the_small_model_accepts_its_drafts():
     result = model.generate(prompts, **options, pad_token_id=1, use_mtp=True, return_dict_in_generate=True)
     assert result.mtp_stats.acceptance_rate >= 0.70
     assert torch.equal(result.sequences, model.generate(prompts, **options))
+
+
+def test_the_small_model_in_fp8_is_what_the_converter_makes_of_it(tmp_path):
+    to_fp8(TINY, tmp_path / "fp8")
+    expected, found = (load_file(folder / "model.safetensors") for folder in (tmp_path / "fp8", TINY_FP8))
+    assert found.keys() == expected.keys()
+    assert all(
+        torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in expected.items()
+    )
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    del config["auto_map"]  # without the code
+    assert json.loads((TINY_FP8 / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+def test_the_small_model_in_fp8_predicts_as_well(pretrain, fp8_weights):
+    text = inspect.getsource(json.decoder)  # a module that was held out
+    ids = torch.tensor(AutoTokenizer.from_pretrained(TINY_FP8)(text)["input_ids"])
+    bits = []
+    for folder in (TINY, TINY_FP8):
+        model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype="float32", fp8_weights=fp8_weights)
+        bits.append(pretrain.bits_per_byte(model.eval(), ids, len(text.encode())))
+    assert bits[1] / bits[0] == pytest.approx(1, abs=5e-3)
+    assert bits[1] != bits[0]

@@ -1,6 +1,8 @@
 """How a block-FP8 checkpoint is read: its config, its scales, and its tensors one at a time, dequantised or as they are."""
 
 import copy
+import re
+from collections.abc import Iterable
 
 import torch
 from safetensors import safe_open
@@ -24,9 +26,14 @@ LOADING_ARGUMENTS = (
 )
 FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
 
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+
 
 class FusedSlice:
-    """Stands for the tensors of a checkpoint that one parameter is made of: stacked along new dimensions as `parts` is nested."""
+    """Stands for the tensors of a checkpoint that one parameter is made of: stacked along new dimensions as `parts` is nested.
+
+    With `join_inner` the inner ones are joined along their rows instead. It is filled part by part: no other copy of it exists.
+    """
 
     def __init__(self, parts: list, join_inner: bool):
         self.parts, self.join_inner = parts, join_inner
@@ -41,14 +48,44 @@ class FusedSlice:
         return self.parts[0][0].get_dtype()
 
     def __getitem__(self, index) -> torch.Tensor:
-        join = torch.cat if self.join_inner else torch.stack
-        stacked = [join([_bytes(part[...]) for part in parts]) for parts in self.parts]
-        return torch.stack(stacked).view(self.parts[0][0][...].dtype)[index]
+        fused, rows = None, self.parts[0][0].get_shape()[0]
+        for number, parts in enumerate(self.parts):
+            for place, part in enumerate(parts):
+                tensor = part[...]
+                if fused is None:
+                    fused = torch.empty(self.get_shape(), dtype=tensor.dtype)
+                into = fused[number, place * rows : (place + 1) * rows] if self.join_inner else fused[number, place]
+                _bytes(into).copy_(_bytes(tensor))
+        return fused[index]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """FP8 tensors as bytes, which every operation that only moves data takes."""
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def expert_layers(names: Iterable[str]) -> dict[str, dict[tuple[int, str], str]]:
+    """Path of a layer's experts -> (expert, "gate" / "up" / "down") -> tensor name, for the names that are weights of experts."""
+    layers: dict[str, dict] = {}
+    for name in names:
+        match = _EXPERT.match(name)
+        if match:
+            layers.setdefault(match.group(1), {})[int(match.group(2)), match.group(3)] = name
+    return layers
+
+
+def fused_experts(slices: dict, names: dict[tuple[int, str], str], suffix: str = "") -> dict[str, FusedSlice]:
+    """`gate_up_proj` and `down_proj` of all experts, of the tensors that `names` (+ `suffix`) calls by expert and kind.
+
+    Weights of gate and up are joined, their scales stacked: I rows need not be whole blocks.
+    """
+    experts = range(1 + max(expert for expert, _ in names))
+    gate_up = [[slices[names[expert, kind] + suffix] for kind in ("gate", "up")] for expert in experts]
+    down = [[slices[names[expert, "down"] + suffix]] for expert in experts]
+    return {
+        "gate_up_proj" + suffix: FusedSlice(gate_up, join_inner=not suffix),
+        "down_proj" + suffix: FusedSlice(down, join_inner=True),
+    }
 
 
 class DequantizedSlice:
@@ -113,16 +150,20 @@ def checkpoint_slices(files: list[str], block_size: tuple[int, int]) -> tuple[di
     return slices, quantized
 
 
-def dequantized_state_dict(
-    files: list[str], block_size: tuple[int, int], dtype: torch.dtype
-) -> dict[str, DequantizedSlice]:
-    """Name -> lazy tensor over all files, FP8 weights dequantised when they are read; errors as in [`checkpoint_slices`]."""
+def dequantized_state_dict(files: list[str], block_size: tuple[int, int], dtype: torch.dtype) -> dict:
+    """Name -> lazy tensor over all files, FP8 weights dequantised when they are read, and experts fused where all of them are.
+
+    Errors as in [`checkpoint_slices`].
+    """
     slices, quantized = checkpoint_slices(files, block_size)
-    return {
-        name: DequantizedSlice(lazy, slices[name + SCALE_SUFFIX], block_size, dtype) if name in quantized else lazy
-        for name, lazy in slices.items()
-        if name.removesuffix(SCALE_SUFFIX) not in quantized or name in quantized
-    }
+    for name in quantized:
+        slices[name] = DequantizedSlice(slices[name], slices.pop(name + SCALE_SUFFIX), block_size, dtype)
+    for path, names in expert_layers(slices).items():
+        if quantized.issuperset(names.values()):
+            slices |= {f"{path}.{name}": lazy for name, lazy in fused_experts(slices, names).items()}
+            for name in names.values():
+                del slices[name]
+    return slices
 
 
 def without_fp8(config_class, path, config, kwargs: dict):

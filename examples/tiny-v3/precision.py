@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, FP8Experts, FP8Linear, quantize
-from .fp8_checkpoint import FusedSlice, checkpoint_slices
+from .fp8_checkpoint import checkpoint_slices, expert_layers, fused_experts
 from .moe import DeepseekExperts
 
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 # not embedding, head, norms, router (which is no nn.Linear) and eh_proj
 _QUANTIZED = re.compile(r"layers\.\d+\.(self_attn|mlp)\.")
 _DTYPES = {
@@ -29,18 +28,13 @@ def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, i
     slices, quantized = checkpoint_slices(files, block_size)
     ue8m0 = model.config.quantization_config.get("scale_fmt") == "ue8m0"
     modules = dict(model.named_modules())
-    layers: dict[str, dict] = {}
     for name in sorted(quantized):
-        match = _EXPERT.match(name)
-        if match:
-            layers.setdefault(match.group(1), {})[int(match.group(2)), match.group(3)] = name
-            continue
         path = name.removesuffix(".weight")
         module = modules.get(_in_model(model, path))
         if isinstance(module, nn.Linear):
             weight, scale = (_like(slices[key]) for key in (name, name + SCALE_SUFFIX))
             _replace(model, _in_model(model, path), FP8Linear(weight, scale, block_size, module.bias, ue8m0))
-    for path, names in layers.items():
+    for path, names in expert_layers(sorted(quantized)).items():
         module = modules.get(_in_model(model, path))
         if module is None:
             continue
@@ -51,15 +45,9 @@ def kept_state_dict(model: nn.Module, files: list[str], block_size: tuple[int, i
                 f"The experts of a layer are FP8 together or not at all: {names[min(names)]} is, {plain[0]} is not. Load with "
                 "fp8_weights='dequantize'."
             )
-        experts = range(module.num_experts)
-        fused = {}
-        for suffix in ("", SCALE_SUFFIX):
-            gate_up = [[slices[names[e, kind] + suffix] for kind in ("gate", "up")] for e in experts]
-            down = [[slices[names[e, "down"] + suffix]] for e in experts]
-            fused["gate_up_proj" + suffix] = FusedSlice(gate_up, join_inner=not suffix)
-            fused["down_proj" + suffix] = FusedSlice(down, join_inner=True)
-            for name in names.values():
-                del slices[name + suffix]
+        fused = fused_experts(slices, names) | fused_experts(slices, names, SCALE_SUFFIX)
+        for name in names.values():
+            del slices[name], slices[name + SCALE_SUFFIX]
         slices |= {f"{path}.{name}": lazy for name, lazy in fused.items()}
         empty = {name: _like(lazy) for name, lazy in fused.items()}
         _replace(model, _in_model(model, path), FP8Experts(empty, block_size, model.config.hidden_act, ue8m0))

@@ -7,7 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -132,7 +137,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         elif files and block_size is not None:
             # without the files, whose raw bytes would be taken for what is offloaded to disk
             state_dict, checkpoint_files = dequantized_state_dict(files, block_size, load_config.dtype), None
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        if block_size is not None:  # experts came fused: what was not used to load is wanted to save
+            used = model._weight_conversions
+            model._weight_conversions = [*used, *_converters_beside(used, model)]
+        return loaded
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
@@ -198,6 +209,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
         write_model_card(working_dir, type(self.config).model_type, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def _converters_beside(used: list, model: PreTrainedModel) -> list[WeightConverter]:
+    """The registered converters of `model` that are not among those `used`."""
+    known = [conversion.target_patterns for conversion in used]
+    registered = get_model_conversion_mapping(model, add_legacy=False)
+    return [each for each in registered if isinstance(each, WeightConverter) and each.target_patterns not in known]
 
 
 class DeepseekV2PreTrainedModel(DeepseekPreTrainedModel):
