@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import tqdm
 
 from modeling_deepseek.conversion.folder import DTYPES, INDEX, CheckpointFolder
 
-MANIFEST = ".deepseek-convert.json"
+MANIFEST, LOCK = ".deepseek-convert.json", ".deepseek-convert.lock"
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -96,7 +97,7 @@ def convert(
 
     Raises:
         ValueError: before anything is written, for a destination that is the source, lies in it or around it, holds anything
-            but an unfinished run of the same call, or has no room.
+            but an unfinished run of the same call, is being written to, or has no room.
         OSError: when the disk is full or may not be written to; finished files stay.
     """
     destination = Path(destination)
@@ -106,22 +107,42 @@ def convert(
     others = {name: file for name, file in source.other_files().items() if name not in {*shards, *last, *without}}
     manifest = {"options": options, "fingerprint": fingerprint(source, others, shards, last, options)}
     check_ours(destination, manifest)
-    open_shards = {name: groups for name, groups in shards.items() if not is_finished(destination / name, groups)}
-    check_room(destination, open_shards, others)
+    check_room(destination, unfinished(destination, shards), others)
 
     destination.mkdir(parents=True, exist_ok=True)
-    for stale in temporaries(destination):
-        stale.unlink()
-    write_file(destination / MANIFEST, to_json(manifest))
-    write_shards(destination, shards, open_shards, jobs)
-    for name, file in others.items():
-        (destination / name).parent.mkdir(parents=True, exist_ok=True)
-        with staged(destination / name) as copy, open(file, "rb") as original:
-            shutil.copyfileobj(original, copy)
-    for name, data in last.items():
-        write_file(destination / name, data)
-    sync_folder(destination)
-    (destination / MANIFEST).unlink()
+    with only_run(destination):
+        check_ours(destination, manifest)  # another run may have ended meanwhile
+        for stale in temporaries(destination):
+            stale.unlink()
+        write_file(destination / MANIFEST, to_json(manifest))
+        write_shards(destination, shards, unfinished(destination, shards), jobs)
+        for name, file in others.items():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            with staged(destination / name) as copy, open(file, "rb") as original:
+                shutil.copyfileobj(original, copy)
+        for name, data in last.items():
+            write_file(destination / name, data)
+        sync_folder(destination)
+        (destination / MANIFEST).unlink()
+
+
+@contextmanager
+def only_run(destination: Path) -> Iterator[None]:
+    """Nobody else writes to `destination` meanwhile; the system lets go of the lock of a run that was killed.
+
+    Raises:
+        ValueError: when another run does.
+    """
+    lock = FileLock(destination / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another run of deepseek-convert is writing to {destination}: let it finish") from error
+    try:
+        yield
+        (destination / LOCK).unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 def check_apart(source: Path, destination: Path) -> None:
@@ -156,7 +177,8 @@ def check_ours(destination: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(f"{destination} is not a folder; name an empty or a new one")
     path = destination / MANIFEST
     if not path.is_file():
-        foreign = sorted(file for file in destination.iterdir() if not file.match(f".{MANIFEST}.*.tmp"))
+        ours = [file for file in destination.iterdir() if file.match(f".{MANIFEST}.*.tmp") or file.name == LOCK]
+        foreign = sorted({*destination.iterdir()} - {*ours})
         if foreign:
             raise ValueError(f"{destination} is not empty, it holds {foreign[0].name}; name an empty or a new folder")
         return
@@ -170,6 +192,11 @@ def check_ours(destination: Path, manifest: dict[str, Any]) -> None:
         raise ValueError(
             f"{destination} holds an unfinished conversion {changed}; finish that one, or remove the folder"
         )
+
+
+def unfinished(destination: Path, shards: Shards) -> Shards:
+    """Those that are not there yet."""
+    return {name: groups for name, groups in shards.items() if not is_finished(destination / name, groups)}
 
 
 def is_finished(path: Path, groups: Sequence[Group]) -> bool:

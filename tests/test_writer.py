@@ -19,12 +19,12 @@ from modeling_deepseek.conversion import writer
 from modeling_deepseek.conversion.demo import to_demo
 from modeling_deepseek.conversion.folder import INDEX, CheckpointFolder
 from modeling_deepseek.conversion.quantization import to_bf16, to_fp8
-from modeling_deepseek.conversion.writer import MANIFEST, Group, Output, convert, index_of, layout_of, split
+from modeling_deepseek.conversion.writer import LOCK, MANIFEST, Group, Output, convert, index_of, layout_of, split
 
 GOLDENS = Path(__file__).parent / "goldens"
 FP8, FP32 = GOLDENS / "b3_v3_fp8_576", GOLDENS / "a_v3_fp32"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-MOMENTS = 6  # kills per command
+MOMENTS = 50  # kills per command
 CONVERSIONS = {
     "to-bf16": lambda destination: to_bf16(FP8, destination, max_shard_size="150KB"),
     "to-fp8": lambda destination: to_fp8(FP32, destination, max_shard_size="50KB"),
@@ -228,7 +228,7 @@ def test_full_disk_is_named_leaves_whole_files_and_is_resumed(source, tmp_path, 
         with pytest.raises(OSError, match="No space left on device"):
             run(source, tmp_path / "out", shards)
     left = contents(tmp_path / "out")
-    assert all(data == expected[name] for name, data in left.items() if name != MANIFEST)
+    assert all(data == expected[name] for name, data in left.items() if name not in (MANIFEST, LOCK))
     assert contents(source.path) == before
     run(source, tmp_path / "out", shards)
     assert contents(tmp_path / "out") == expected
@@ -326,11 +326,39 @@ def test_killed_at_any_moment_it_shows_whole_files_and_is_resumed_with_the_same_
         process.kill()
         process.join()
         left = contents(destination) if destination.exists() else {}
-        whole = {name: data for name, data in left.items() if name != MANIFEST and not is_temporary(name)}
+        whole = {name: data for name, data in left.items() if name not in (MANIFEST, LOCK) and not is_temporary(name)}
         assert whole == {name: expected[name] for name in whole}
         if left != expected:  # it was not done yet
             conversion(destination)
         assert contents(destination) == expected
+
+
+def test_two_runs_do_not_write_to_one_folder(source, tmp_path, shards):
+    destination = tmp_path / "out"
+    said = []
+
+    def compute():
+        with pytest.raises(ValueError, match="another run of deepseek-convert is writing to") as caught:
+            run(source, destination, shards)
+        said.append(caught.value)
+        return [torch.zeros(8, 4)]
+
+    first, *rest = shards
+    shards = {
+        first: [Group(shards[first][0].outputs, compute), *shards[first][1:]],
+        **{name: shards[name] for name in rest},
+    }
+    run(source, destination, shards)
+    assert len(said) == 1
+    assert not [name for name in contents(destination) if name.startswith(".")]
+
+
+def test_the_lock_of_a_run_that_was_killed_is_none(source, tmp_path, shards):
+    destination = tmp_path / "out"
+    destination.mkdir()
+    (destination / writer.LOCK).touch()
+    run(source, destination, shards)
+    assert writer.LOCK not in contents(destination)
 
 
 def test_progress_counts_bytes(source, tmp_path, shards, monkeypatch):
