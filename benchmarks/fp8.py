@@ -25,10 +25,10 @@ import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, ops
 from modeling_deepseek.conversion.family import expected_shapes
 from modeling_deepseek.conversion.quantization import QUANTISED
-from modeling_deepseek.fp8 import SCALE_SUFFIX, official_fp8_config, quantize
+from modeling_deepseek.fp8 import SCALE_SUFFIX, dequantize, official_fp8_config, quantize
 from modeling_deepseek.modeling_deepseek import DeepseekDecoderLayer
 
 SHARD_BYTES = 2_000_000_000
@@ -183,7 +183,6 @@ def load(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def decode(args: argparse.Namespace) -> None:
-    """A MoE layer with 32 experts: seconds for the last tokens of a batch of texts, without a cache's past."""
     print(f"{machine()}, {torch.get_num_threads()} threads, one MoE layer of V3, 32 experts, bf16")
     model = DeepseekV3ForCausalLM(config(num_hidden_layers=1, first_k_dense_replace=0)).to(torch.bfloat16).eval()
     kept = DeepseekV3ForCausalLM(model.config).to(torch.bfloat16).eval()
@@ -206,6 +205,43 @@ def decode(args: argparse.Namespace) -> None:
         print(f"| {tokens} | {statistics.median(plain) * 1e3:.0f} | {spread(ratios, 2)} |")
 
 
+@torch.no_grad()
+def product(args: argparse.Namespace) -> None:
+    """The kernel, with the rounding of its activations, beside `torch.matmul` in bf16 and beside the exact product."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise SystemExit("product needs a GPU that multiplies FP8 (compute capability 8.9)")
+    print(f"{machine()}, {args.rounds} rounds, interleaved")
+    print("| weight | rows | ours, us | TFLOPS | GB/s | bf16 matmul takes: median (min - max) | relative error |")
+    print("|---|---|---|---|---|---|---|")
+    for name, (outer, inner) in SHAPES.items():
+        weight, scale = quantize(torch.randn(outer, inner, device="cuda") * 0.02)
+        exact = dequantize(weight, scale)
+        plain = exact.to(torch.bfloat16)
+        for rows in (1, 64, 4096):
+            x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
+            ways = {
+                "ours": lambda x=x: ops.block_scaled_product(x, weight, scale, (128, 128)),  # noqa: B023 (called here)
+                "bf16": lambda x=x: x @ plain.T,  # noqa: B023
+            }
+            times = {way: [] for way in ways}
+            for _ in range(args.rounds + 5):  # the first ones compile and warm up
+                for way, call in ways.items():
+                    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    start.record()
+                    call()
+                    end.record()
+                    end.synchronize()
+                    times[way].append(start.elapsed_time(end) / 1e3)
+            own, other = times["ours"][5:], times["bf16"][5:]
+            seconds, wanted = statistics.median(own), x.float() @ exact.T
+            error = ((ways["ours"]().float() - wanted).norm() / wanted.norm()).item()
+            moved = weight.nbytes + scale.nbytes + x.nbytes + rows * outer * 2
+            print(
+                f"| {name} {outer} x {inner} | {rows} | {seconds * 1e6:.0f} | {2 * rows * outer * inner / seconds / 1e12:.1f} "
+                f"| {moved / seconds / 1e9:.0f} | {spread([b / a for a, b in zip(own, other, strict=True)], 2)} | {error:.3f} |"
+            )
+
+
 def spread(values: list[float], digits: int) -> str:
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
@@ -224,7 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what in ("convert", "load") and not Path(args.folder).exists():
         make_checkpoint(Path(args.folder))
-    dict(convert=convert, load=load, decode=decode)[args.what](args)
+    dict(convert=convert, load=load, decode=decode, product=product)[args.what](args)
 
 
 if __name__ == "__main__":

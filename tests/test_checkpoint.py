@@ -164,3 +164,16 @@ def test_only_whole_mtp_layers_may_be_turned_off_in_silence(tmp_path, tensors):
     folder = folder_with(tmp_path, tensors)
     _, info = DeepseekV3ForCausalLM.from_pretrained(folder, num_nextn_predict_layers=0, output_loading_info=True)
     assert info["unexpected_keys"] == {"model.layers.7.mlp.gate.weight", "model.layers.1.extra.weight"}
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path, tensors):
+    folder, name = folder_with(tmp_path, tensors), "model.norm.weight"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    save_file({name: tensors.pop(name) + 1}, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map | {name: "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match="00002-of-00002.safetensors holds model.norm.weight, which another file holds too"
+    ):
+        DeepseekV3ForCausalLM.from_pretrained(folder)

@@ -132,7 +132,9 @@ def test_installed_file_imports_only_declared_dependencies(path):
 
 def test_installation_brings_only_what_the_model_needs():
     assert "dynamic" not in PYPROJECT["project"]
-    assert {Requirement(line).name for line in PYPROJECT["project"]["dependencies"]} == SHIPPED_MAY_NEED | CONVERSION_NEEDS
+    assert {
+        Requirement(line).name for line in PYPROJECT["project"]["dependencies"]
+    } == SHIPPED_MAY_NEED | CONVERSION_NEEDS
 
 
 def test_listed_packages_are_the_folders_of_the_house():

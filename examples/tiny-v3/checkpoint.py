@@ -28,17 +28,21 @@ def safetensors_shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the files, from their headers alone.
 
     Raises:
-        ValueError: for a truncated or otherwise unreadable file, by name.
+        ValueError: for a truncated or otherwise unreadable file, and for a tensor that is in two of them, by name.
     """
     shapes = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 (no dict)
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is not a complete safetensors file ({error}): download or copy it again."
             ) from error
+        repeated = sorted(shapes.keys() & found.keys())
+        if repeated:
+            raise ValueError(f"{path} holds {repeated[0]}, which another file holds too: remove it from one of them.")
+        shapes |= found
     return shapes
 
 
