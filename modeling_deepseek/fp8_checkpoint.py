@@ -11,6 +11,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, dequantize
+from .ops import gpu_multiplies_fp8
 
 logger = logging.get_logger(__name__)
 
@@ -209,8 +210,13 @@ def _take_fp8_config(config) -> tuple[int, int] | None:
         return None
     block_size = block_size_of(quantization, "The quantization_config")
     del config.quantization_config  # which transformers would act upon
-    if config.fp8_weights == "keep":
+    if config.fp8_weights == "keep" or (config.fp8_weights == "auto" and gpu_multiplies_fp8()):
         config._fp8_quantization_config = quantization
+        if config.fp8_weights == "auto":
+            logger.warning_once(
+                "The checkpoint is stored in FP8, which this GPU multiplies: its weights stay as they are, frozen. To train them, "
+                "load with fp8_weights='dequantize'."
+            )
     else:
         logger.warning_once("The checkpoint is stored in FP8: its weights are dequantised exactly while they are read.")
     return block_size

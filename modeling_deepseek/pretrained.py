@@ -104,8 +104,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read, or with
-        `fp8_weights="keep"` stays in FP8 in memory."""
+        """As [`~transformers.PreTrainedModel.from_pretrained`]. A block-FP8 checkpoint is dequantised while it is read, or
+        stays in FP8 in memory, as `fp8_weights` of the config says (or is given here)."""
         if config is None and pretrained_model_name_or_path is not None:
             require_config(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         config = without_fp8(cls.config_class, pretrained_model_name_or_path, config, kwargs)
@@ -132,7 +132,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     f"{official_fp8_config()} into config.json, or download it again."
                 )
             check_experts(model.config, len(model.base_model.layers), shapes, load_config.ignore_mismatched_sizes)
-        if files and block_size is not None and model.config.fp8_weights == "keep":
+        if files and kept is not None:
             state_dict, checkpoint_files = kept_state_dict(model, files, block_size), None
         elif files and block_size is not None:
             # without the files, whose raw bytes would be taken for what is offloaded to disk
@@ -172,7 +172,6 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if scale_fmt not in (None, "ue8m0"):
             raise ValueError(f"scale_fmt is None or 'ue8m0', got {scale_fmt!r}.")
         quantize_model(self, scale_fmt)
-        self.config.fp8_weights = "keep"
         self.config.quantization_config = official_fp8_config(scale_fmt)
 
     def dequantize_fp8(self) -> None:
@@ -181,7 +180,6 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         Call it before adapters are merged into weights that were kept in FP8.
         """
         dequantize_model(self, self.dtype)
-        self.config.fp8_weights = "dequantize"
         if hasattr(self.config, "quantization_config"):
             del self.config.quantization_config
 

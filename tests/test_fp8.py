@@ -17,6 +17,25 @@ from modeling_deepseek.fp8 import dequantize
 FP8 = Path(__file__).parent / "goldens" / "b3_v3_fp8_576"
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """What is not said is as on a machine without a GPU that multiplies FP8."""
+    monkeypatch.setattr("modeling_deepseek.fp8_checkpoint.gpu_multiplies_fp8", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("fp8_weights", "gpu", "kept"),
+    [("auto", False, False), ("auto", True, True), ("keep", False, True), ("dequantize", True, False)],
+)
+def test_weights_are_kept_when_asked_for_or_where_a_gpu_multiplies_them(tmp_path, monkeypatch, fp8_weights, gpu, kept):
+    monkeypatch.setattr("modeling_deepseek.fp8_checkpoint.gpu_multiplies_fp8", lambda: gpu)
+    given = {} if fp8_weights == "auto" else dict(fp8_weights=fp8_weights)
+    model = DeepseekV3ForCausalLM.from_pretrained(FP8, **given)
+    assert (model.model.layers[0].self_attn.o_proj.weight.dtype == torch.float8_e4m3fn) == kept
+    assert hasattr(model.config, "quantization_config") == kept
+    assert model.config.fp8_weights == fp8_weights
+
+
 def values_of(weight, scale, block_size) -> torch.Tensor:
     """By the definition, in fp32."""
     row, column = (torch.arange(size) // block for size, block in zip(weight.shape, block_size, strict=True))

@@ -222,7 +222,7 @@ def test_an_unknown_scale_format_is_refused():
 
 
 def test_an_unknown_way_to_treat_fp8_weights_is_refused():
-    with pytest.raises(ValueError, match="fp8_weights is 'hold': expected one of 'dequantize', 'keep'"):
+    with pytest.raises(ValueError, match="fp8_weights is 'hold': expected one of 'auto', 'dequantize', 'keep'"):
         load("hold")
 
 

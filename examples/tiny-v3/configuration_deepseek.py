@@ -8,7 +8,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 SCORING_FUNCS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 MLA_MODES = ("auto", "absorbed", "expanded")
-FP8_WEIGHTS = ("dequantize", "keep")
+FP8_WEIGHTS = ("auto", "dequantize", "keep")
 
 _EXPERTS_TP_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
@@ -59,8 +59,9 @@ class DeepseekConfig(PreTrainedConfig):
         routed_scaling_factor (`float`): multiplies the gates (V2 applies it only to gates that were not normalised).
         num_nextn_predict_layers (`int`): multi-token prediction layers, stored behind the `num_hidden_layers` main ones.
         mtp_loss_weight (`float`): lambda of the MTP training loss (DeepSeek-V3 report, section 2.2).
-        fp8_weights (`str`): what becomes of the weights of a block-FP8 checkpoint: `"dequantize"` while they are read, or `"keep"`
-            them in FP8, frozen, and dequantise them in blocks whenever they are used.
+        fp8_weights (`str`): what becomes of the weights of a block-FP8 checkpoint: `"dequantize"` while they are read; `"keep"`
+            them in FP8, frozen, to multiply in FP8 where a GPU can and else dequantise in blocks whenever they are used; `"auto"`
+            is `"keep"` on a machine with such a GPU (compute capability 8.9).
 
     Raises:
         ValueError: for an architecture that cannot be built; the message names the value, the expected one and the way out.
@@ -121,7 +122,7 @@ class DeepseekConfig(PreTrainedConfig):
     attention_dropout: float | int | None = 0.0
     mlp_bias: bool = False
     output_router_logits: bool = False
-    fp8_weights: str = "dequantize"
+    fp8_weights: str = "auto"
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

@@ -157,4 +157,9 @@ def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
         )
     if FP8_PRODUCT != "auto":
         return FP8_PRODUCT == "kernel"
-    return fits and weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+    return fits and weight.device.type == "cuda" and gpu_multiplies_fp8(weight.device)
+
+
+def gpu_multiplies_fp8(device: torch.device | None = None) -> bool:
+    """Whether the GPU `device` (the current one) has products of FP8, and Triton is there to use them."""
+    return AVAILABLE and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 9)
