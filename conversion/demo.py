@@ -1,5 +1,6 @@
 """The official inference demo's layout, one file per rank, and back: `to_demo` and `from_demo`."""
 
+import copy
 import json
 import os
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from modeling_deepseek import DeepseekConfig
-from modeling_deepseek.checkpoint import layer_index
+from modeling_deepseek.checkpoint import SHARED_MTP_WEIGHTS, layer_index
 from modeling_deepseek.conversion.family import check_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, check_scales, fp8_block_size, fp8_pairs
 from modeling_deepseek.conversion.weights import DEMO_MODULES, DEMO_PARTS, EXPERT, Weights
@@ -74,8 +75,28 @@ def to_demo(
         for rank, groups in enumerate(shards.values()):
             if owner in (None, rank):
                 groups.append(part_of(folder, name, demo, dim, rank, mp))
+    check_whole(folder, config, scales)
     last = {CONFIG_NAME: to_json(demo_config(config, folder.config, bool(pairs)))}
     convert(folder, destination, shards, last, {"command": "to-demo", "mp": mp, "with_mtp": with_mtp}, jobs)
+
+
+def check_whole(folder: CheckpointFolder, config: DeepseekConfig, scales: set[str]) -> None:
+    """Every tensor of the config is there, and no other; MTP layers, and their copies of embedding and head, may be absent."""
+    where = folder.path / "config.json"
+    if config.tie_word_embeddings:
+        raise ValueError(
+            f"{where}: tie_word_embeddings is true, and the demo has a head of its own: untie and save them first"
+        )
+    shapes = {name: header.shape for name, header in folder.tensors.items() if name not in scales}
+    layers = {layer for layer in map(layer_index, shapes) if layer >= config.num_hidden_layers}
+    if not layers:
+        config = copy.deepcopy(config)
+        config.num_nextn_predict_layers = 0
+    for layer in layers:
+        for name, source in SHARED_MTP_WEIGHTS.items():
+            vocabulary = shapes.get(f"model.{source}.weight", shapes.get(f"{source}.weight"))
+            shapes.setdefault(f"model.layers.{layer}.{name}", vocabulary)
+    check_shapes(shapes, config, folder.path, where)
 
 
 def demo_name(name: str, folder: CheckpointFolder) -> tuple[str, int | None]:

@@ -3,16 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from modeling_deepseek.conversion.add_code import read_config
 from modeling_deepseek.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX
-from modeling_deepseek.fp8_checkpoint import FP8_DTYPES, block_size_of, check_scale_values
+from modeling_deepseek.fp8_checkpoint import FP8_DTYPES, SCALE_DTYPES, block_size_of, check_scale_values
 
+PIECE_BYTES = 2**24  # of a tensor that is read in pieces
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "BOOL": torch.bool,
@@ -29,7 +30,6 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }  # names of safetensors
-SCALE_DTYPES = {"F32", "BF16", "F8_E8M0"}
 MAX_HEADER = 100_000_000  # bytes; safetensors refuses longer ones too
 # Weights in any format, pickles among them, and what describes their files: never carried over, never read.
 NOT_CARRIED = (
@@ -131,6 +131,10 @@ class CheckpointFolder:
         """The tensor `name`, or only `rows` of its first dimension, in memory of its own."""
         return read_tensor(self.tensors[name], rows)
 
+    def read_pieces(self, name: str, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As [`read_pieces`], by name."""
+        return read_pieces(self.tensors[name], multiple)
+
     def other_files(self) -> dict[str, Path]:
         """Relative name -> file of all that goes with the weights: tokenizer, generation config, licence, code.
 
@@ -231,14 +235,39 @@ def read_tensor(header: Header, rows: slice = slice(None)) -> torch.Tensor:
         shape, offset, nbytes = (last - first, *shape[1:]), offset + first * row, (last - first) * row
     data = torch.empty(nbytes, dtype=torch.uint8)
     with open(header.file, "rb", buffering=0) as stream:
-        stream.seek(offset)
-        view, filled = memoryview(data.numpy()), 0
-        while filled < nbytes:
-            count = stream.readinto(view[filled:])
-            if not count:
-                raise ValueError(f"{header.file} ended while it was read, at byte {offset + filled}: {AGAIN}")
-            filled += count
+        fill(data, stream, header, offset)
     return data.view(DTYPES[header.dtype]).view(shape)
+
+
+def read_pieces(header: Header, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The tensor behind `header`, some `multiple` of rows at a time, and which they are. The next overwrites it.
+
+    Fresh memory costs a machine more than to read: this is a few megabytes, once.
+    """
+    if not header.nbytes or not header.shape:
+        yield slice(0, 1), read_tensor(header)
+        return
+    total = header.shape[0]
+    row = header.nbytes // total
+    count = min(total, max(1, PIECE_BYTES // row // multiple) * multiple)
+    data = torch.empty(count * row, dtype=torch.uint8)
+    with open(header.file, "rb", buffering=0) as stream:
+        for first in range(0, total, count):
+            last = min(first + count, total)
+            piece = data[: (last - first) * row]
+            fill(piece, stream, header, header.offset + first * row)
+            yield slice(first, last), piece.view(DTYPES[header.dtype]).view(last - first, *header.shape[1:])
+
+
+def fill(data: torch.Tensor, stream: BinaryIO, header: Header, offset: int) -> None:
+    """Reads the bytes `data` from byte `offset` of the file on."""
+    stream.seek(offset)
+    view, filled = memoryview(data.numpy()), 0
+    while filled < len(view):
+        count = stream.readinto(view[filled:])
+        if not count:
+            raise ValueError(f"{header.file} ended while it was read, at byte {offset + filled}: {AGAIN}")
+        filled += count
 
 
 def fp8_block_size(config: dict[str, Any], folder: Path) -> tuple[int, int]:

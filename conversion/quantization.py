@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,38 @@ def write(
 def copied(folder: CheckpointFolder, name: str) -> Group:
     """A tensor as it is in the source."""
     header = folder.tensors[name]
-    return Group((Output(name, header.dtype, header.shape),), lambda: [folder.read(name)])
+    return Group((Output(name, header.dtype, header.shape),), lambda: [pieces_of(folder, name)])
 
 
-def bf16_of(folder: CheckpointFolder, name: str, scale: str, block_size: tuple[int, int]) -> list[torch.Tensor]:
-    return [dequantize(folder.read(name), folder.read(scale), block_size, torch.bfloat16)]
+def pieces_of(folder: CheckpointFolder, name: str) -> Iterator[torch.Tensor]:
+    return (piece for _, piece in folder.read_pieces(name))
 
 
-def fp8_of(folder: CheckpointFolder, name: str, scale_fmt: str | None) -> list[torch.Tensor]:
-    try:
-        return list(quantize(folder.read(name), scale_fmt=scale_fmt))
-    except ValueError as error:
-        raise ValueError(f"{folder.tensors[name].file}: {name}: {error}") from error
+def bf16_of(
+    folder: CheckpointFolder, name: str, scale: str, block_size: tuple[int, int]
+) -> list[Iterator[torch.Tensor]]:
+    def pieces() -> Iterator[torch.Tensor]:
+        scales, result, rows = folder.read(scale), None, block_size[0]
+        for part, weight in folder.read_pieces(name, rows):
+            if result is None:
+                result = torch.empty(weight.shape, dtype=torch.bfloat16)
+            own = scales[part.start // rows : -(-part.stop // rows)]
+            yield dequantize(weight, own, block_size, torch.bfloat16, result[: len(weight)])
+
+    return [pieces()]
+
+
+def fp8_of(folder: CheckpointFolder, name: str, scale_fmt: str | None) -> list[Iterator[torch.Tensor]]:
+    scales = []
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for part, weight in folder.read_pieces(name, DEFAULT_BLOCK[0]):
+            try:
+                quantized, scale = quantize(weight, scale_fmt=scale_fmt)
+            except ValueError as error:
+                place = f"rows {part.start} to {part.stop - 1} of {name}"
+                raise ValueError(f"{folder.tensors[name].file}: {place}: {error}") from error
+            scales.append(scale)
+            yield quantized
+
+    return [pieces(), (scale for scale in scales)]

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -36,10 +37,13 @@ class Output(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tensors that are computed together and lie in one file; `compute()` reads the source and returns them in order."""
+    """Tensors that are computed together and lie in one file; `compute()` reads the source and returns them in order.
+
+    Each is a tensor, or an iterable of its rows in pieces: a piece is written before the next is asked for.
+    """
 
     outputs: tuple[Output, ...]
-    compute: Callable[[], Sequence[torch.Tensor]]
+    compute: Callable[[], Sequence[torch.Tensor | Iterable[torch.Tensor]]]
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +127,6 @@ def convert(
         for name, data in last.items():
             write_file(destination / name, data)
         sync_folder(destination)
-        (destination / MANIFEST).unlink()
 
 
 @contextmanager
@@ -141,6 +144,7 @@ def only_run(destination: Path) -> Iterator[None]:
     try:
         yield
         (destination / LOCK).unlink(missing_ok=True)
+        (destination / MANIFEST).unlink()  # the last: a run that is killed before goes on
     finally:
         lock.release()
 
@@ -241,6 +245,29 @@ def layout_of(groups: Sequence[Group]) -> tuple[bytes, dict[str, int]]:
     return data, {output.name: len(data) + header[output.name]["data_offsets"][0] for output in outputs}
 
 
+class Written:
+    """Lets the system write out what a file was given, and forget it: it would fill memory with pages that nobody reads.
+
+    Where memory is handed out slowly (virtual machines) this decides about the speed of a conversion.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.ranges = file, deque()
+
+    def add(self, start: int, length: int) -> None:
+        """Bytes that were written now; they are on their way at once, and forgotten when they have arrived."""
+        if not hasattr(os, "posix_fadvise"):  # only Linux has it
+            return
+        self.file.flush()
+        self.ranges.append((start, length))
+        self._forget(start, length)
+        if len(self.ranges) > 4:
+            self._forget(*self.ranges.popleft())
+
+    def _forget(self, start: int, length: int) -> None:
+        os.posix_fadvise(self.file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+
+
 def write_shards(destination: Path, shards: Shards, open_shards: Shards, jobs: int) -> None:
     """Write `open_shards` on `jobs` threads; the first error stops all."""
     stop = threading.Event()
@@ -263,23 +290,25 @@ def write_shard(path: Path, groups: Sequence[Group], bar: tqdm, stop: threading.
     header, begins = layout_of(groups)
     with staged(path) as file:
         file.write(header)
+        written = Written(file)
         for group in groups:
             if stop.is_set():
                 raise InterruptedError(f"{path} was given up")
-            write_group(file, group, begins)
+            write_group(file, group, begins, written)
             bar.update(group.nbytes)
 
 
-def write_group(file: BinaryIO, group: Group, begins: dict[str, int]) -> None:
+def write_group(file: BinaryIO, group: Group, begins: dict[str, int], written: Written) -> None:
     """Apart, so that its tensors are let go before the next group is computed."""
-    for output, tensor in zip(group.outputs, group.compute(), strict=True):
-        assert tensor.dtype == DTYPES[output.dtype] and tensor.shape == output.shape, (
-            output,
-            tensor.dtype,
-            tensor.shape,
-        )
-        file.seek(begins[output.name])
-        file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    for output, value in zip(group.outputs, group.compute(), strict=True):
+        start = end = begins[output.name]
+        file.seek(start)
+        for piece in [value] if isinstance(value, torch.Tensor) else value:
+            assert piece.dtype == DTYPES[output.dtype] and piece.shape[1:] == output.shape[1:], (output, piece.shape)
+            file.write(memoryview(piece.contiguous().flatten().view(torch.uint8).numpy()))
+            written.add(end, piece.nbytes)
+            end += piece.nbytes
+        assert end - start == output.nbytes, (output, end - start)
 
 
 def write_file(path: Path, data: bytes) -> None:

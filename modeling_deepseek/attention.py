@@ -213,10 +213,10 @@ class DeepseekLatentAttention(DeepseekAttention):
         return rows.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
 
     def _plain_kv_b(self) -> bool:
-        """Whether `kv_b_proj.weight` is all there is to it: no adapter, quantisation, sharding, offloading or hook."""
+        """Whether `kv_b_proj.weight` (and its scales) is all there is to it: no adapter, sharding, offloading or hook."""
         module = self.kv_b_proj
         return (
-            type(module) is nn.Linear
+            type(module) in (nn.Linear, FP8Linear)
             and type(module.weight) is nn.Parameter
             and module.weight.is_floating_point()
             and module.weight.device.type != "meta"
@@ -228,9 +228,9 @@ class DeepseekLatentAttention(DeepseekAttention):
     def kv_b_weight(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Matrix `[H * (n + v), c]` and bias that `kv_b_proj` applies: its weight, or what it answers to unit vectors and 0."""
         if self._plain_kv_b():
+            if type(self.kv_b_proj) is FP8Linear:
+                return self.kv_b_proj.dequantized_weight(like.dtype), None
             return self.kv_b_proj.weight.to(like.dtype), None
-        if type(self.kv_b_proj) is FP8Linear:
-            return self.kv_b_proj.dequantized_weight(like.dtype), None
         units = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, dtype=like.dtype, device=like.device)
         *rows, bias = self.kv_b_proj(units.unsqueeze(0)).squeeze(0)
         return (torch.stack(rows) - bias).transpose(0, 1), bias

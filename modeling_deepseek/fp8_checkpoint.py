@@ -25,7 +25,7 @@ LOADING_ARGUMENTS = (
     "output_loading_info",
     "device_map",
 )
-FP8_DTYPES = {"F8_E4M3", "F8_E5M2"}
+FP8_DTYPES, SCALE_DTYPES = {"F8_E4M3", "F8_E5M2"}, {"F32", "BF16", "F8_E8M0"}
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
@@ -52,11 +52,13 @@ class FusedSlice:
         fused, rows = None, self.parts[0][0].get_shape()[0]
         for number, parts in enumerate(self.parts):
             for place, part in enumerate(parts):
-                tensor = part[...]
                 if fused is None:
-                    fused = torch.empty(self.get_shape(), dtype=tensor.dtype)
+                    fused = torch.empty(self.get_shape(), dtype=getattr(part, "dtype", None) or part[...].dtype)
                 into = fused[number, place * rows : (place + 1) * rows] if self.join_inner else fused[number, place]
-                _bytes(into).copy_(_bytes(tensor))
+                if isinstance(part, DequantizedSlice):
+                    part.read_into(into)
+                else:
+                    _bytes(into).copy_(_bytes(part[...]))
         return fused[index]
 
 
@@ -104,6 +106,9 @@ class DequantizedSlice:
     def __getitem__(self, index) -> torch.Tensor:
         return dequantize(self.weight[...], self.scale[...], self.block_size, self.dtype)[index]
 
+    def read_into(self, out: torch.Tensor) -> None:
+        dequantize(self.weight[...], self.scale[...], self.block_size, self.dtype, out)
+
 
 def check_scale_values(where: str, scale: torch.Tensor) -> None:
     """Raises `ValueError`, beginning with `where`, for scales that are not finite or not above 0."""
@@ -142,9 +147,10 @@ def checkpoint_slices(files: list[str], block_size: tuple[int, int]) -> tuple[di
             raise ValueError(f"{name} has no FP8 weight {weight} that it belongs to.")
         shape = slices[weight].get_shape()
         grid = [-(-size // block) for size, block in zip(shape, block_size, strict=False)]
-        if len(shape) != 2 or slices[name].get_shape() != grid:
+        if len(shape) != 2 or slices[name].get_shape() != grid or slices[name].get_dtype() not in SCALE_DTYPES:
             raise ValueError(
-                f"{where} is {slices[name].get_shape()}, expected {grid}, one per block {list(block_size)} of {weight} {shape}: "
+                f"{where} is {slices[name].get_dtype()} {slices[name].get_shape()}, expected {' or '.join(sorted(SCALE_DTYPES))} "
+                f"{grid}, one per block {list(block_size)} of {weight} {shape}: "
                 "check weight_block_size in the quantization_config."
             )
         check_scale_values(where, slices[name][...])

@@ -177,3 +177,18 @@ def test_a_tensor_in_two_shards_is_named(tmp_path, tensors):
         ValueError, match="00002-of-00002.safetensors holds model.norm.weight, which another file holds too"
     ):
         DeepseekV3ForCausalLM.from_pretrained(folder)
+
+
+def test_an_index_that_promises_more_than_there_is_is_an_error(tmp_path, tensors):
+    name = "model.norm.weight"
+    folder = folder_with(tmp_path, tensors)
+    (folder / "model.safetensors").unlink()
+    del tensors[name]
+    half = len(tensors) // 2
+    shards = {"a.safetensors": dict(list(tensors.items())[:half]), "b.safetensors": dict(list(tensors.items())[half:])}
+    for file, part in shards.items():
+        save_file(part, folder / file, metadata={"format": "pt"})
+    weight_map = {key: file for file, part in shards.items() for key in part} | {name: "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(ValueError, match="puts model.norm.weight into b.safetensors, which does not hold it"):
+        DeepseekV3ForCausalLM.from_pretrained(folder)

@@ -217,3 +217,34 @@ def test_config_must_be_the_hubs(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             from_demo(DEMO / "mp1", tmp_path / "out", file)
+
+
+LOSSES = {
+    "a missing tensor": (
+        lambda t, c: t.pop("model.layers.1.self_attn.o_proj.weight"),
+        "lacks model.layers.1.self_attn.o_proj.weight",
+    ),
+    "an expert too many": (
+        lambda t, c: t.update(
+            {"model.layers.1.mlp.experts.99.up_proj.weight": t["model.layers.1.mlp.experts.0.up_proj.weight"]}
+        ),
+        "holds model.layers.1.mlp.experts.99.up_proj.weight",
+    ),
+    "a layer too many": (lambda t, c: c.update(num_hidden_layers=1), "lacks model.layers.1.eh_proj.weight"),
+    "a tied head": (
+        lambda t, c: (t.pop("lm_head.weight"), c.update(tie_word_embeddings=True)),
+        "tie_word_embeddings is true",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LOSSES.values(), ids=LOSSES)
+def test_a_checkpoint_of_which_something_would_be_lost_is_refused(tmp_path, change, message):
+    source = shutil.copytree(V3, tmp_path / "source")
+    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    change(tensors, config)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        to_demo(source, tmp_path / "out", mp=1)
+    assert not (tmp_path / "out").exists()

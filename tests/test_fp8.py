@@ -140,7 +140,7 @@ WRONG = {
     "negative": (lambda scale: -scale, "holds -"),
     "grid": (
         lambda scale: scale.repeat(2, 1),
-        r"o_proj.weight_scale_inv is \[2, 1\], expected \[1, 1\].*weight_block_size",
+        r"o_proj.weight_scale_inv is F32 \[2, 1\], expected .* \[1, 1\], one per.*weight_block_size",
     ),
 }
 

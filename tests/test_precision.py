@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Native
 
-from modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3Model
+from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
 from modeling_deepseek.fp8 import FP8Experts, FP8Linear, dequantize, fp8_linear, quantize
 from test_fp8 import FP8, split_into_two_shards
 from tiny import tiny_model, tiny_tokens
@@ -265,3 +265,128 @@ def test_a_kept_model_that_was_dequantised_saves_what_the_dequantised_one_does(t
     assert ours.keys() == theirs.keys()
     assert "model.layers.1.mlp.experts.0.gate_proj.weight" in ours
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def rewritten(folder, change, **config):
+    """A copy of the FP8 checkpoint whose tensors went through `change`."""
+    folder.mkdir(exist_ok=True)
+    tensors = load_file(FP8 / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((FP8 / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | config))
+    return folder
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+def test_a_bare_decoder_that_was_kept_loads_into_every_class(tmp_path, fp8_weights, dequantized):
+    load("keep", model_class=DeepseekV3Model).save_pretrained(tmp_path)
+    expected = dequantized.model(IDS).last_hidden_state
+    for model_class in (DeepseekV3ForCausalLM, DeepseekV3Model):
+        model = load(fp8_weights, tmp_path, model_class=model_class)
+        torch.testing.assert_close(model.base_model(IDS).last_hidden_state, expected, rtol=0, atol=2e-4)
+        assert any(isinstance(module, FP8Linear) for module in model.modules()) == (fp8_weights == "keep")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.1.mlp.gate", "lm_head"])
+def test_what_is_no_layer_of_the_decoder_is_dequantised_and_saved_so(tmp_path, name):
+    def change(tensors):
+        weight, scale = quantize(tensors[f"{name}.weight"].float())
+        tensors |= {f"{name}.weight": weight, f"{name}.weight_scale_inv": scale}
+
+    folder = rewritten(tmp_path / "fp8", change)
+    kept, plain = (load(way, folder) for way in ("keep", "dequantize"))
+    torch.testing.assert_close(kept(IDS).logits, plain(IDS).logits, rtol=0, atol=2e-4)
+    kept.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(load("keep", tmp_path / "again")(IDS).logits, plain(IDS).logits, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+def test_scales_of_another_dtype_are_read_or_named(tmp_path, fp8_weights):
+    name = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+
+    def to(dtype):
+        return rewritten(tmp_path / str(dtype), lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+    expected = load("dequantize", to(torch.bfloat16))(IDS).logits
+    torch.testing.assert_close(load(fp8_weights, to(torch.bfloat16))(IDS).logits, expected, rtol=0, atol=2e-4)
+    with pytest.raises(ValueError, match=rf"{name} is I32 .* expected BF16 or F32 or F8_E8M0"):
+        load(fp8_weights, to(torch.int32))
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+def test_fp8_in_a_pickle_is_refused(tmp_path, fp8_weights):
+    torch.save(load_file(FP8 / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((FP8 / "config.json").read_text())
+    with pytest.raises(ValueError, match="no safetensors files"):
+        load(fp8_weights, tmp_path)
+
+
+def test_a_kept_weight_of_another_shape_is_named(tmp_path):
+    name = "model.layers.1.self_attn.o_proj.weight"
+    folder = rewritten(tmp_path, lambda tensors: tensors.update({name: tensors[name][:, :32].contiguous()}))
+    with pytest.raises(ValueError, match=rf"{name} is \[128, 32\], by the config \[128, 64\]"):
+        load("keep", folder)
+
+
+@pytest.mark.parametrize("options", [{}, dict(autocast_adapter_dtype=False)])
+def test_adapters_have_the_dtype_of_the_model_and_the_values_they_are_given(options, tmp_path):
+    config = LoraConfig(target_modules=["q_b_proj", "o_proj"], init_lora_weights=False)
+    models = []
+    for way in ("dequantize", "keep"):
+        torch.manual_seed(0)
+        models.append(get_peft_model(load(way), config, **options))
+    for (name, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        if "lora_" in name:
+            assert torch.equal(ours, theirs), name
+    models[0].save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load("keep"), tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(again(IDS).logits, models[0](IDS).logits, rtol=0, atol=5e-4)
+    kept = load("keep")
+    kept.add_adapter(config)
+    kept(input_ids=IDS, labels=IDS).loss.backward()
+    assert {p.dtype for n, p in kept.named_parameters() if "lora_" in n} == {torch.float32}
+
+
+def test_adapters_follow_the_model_to_another_dtype():
+    model = load("keep").to(torch.bfloat16)
+    assert {module.compute_dtype for module in model.modules() if isinstance(module, FP8Linear)} == {torch.bfloat16}
+
+
+def test_kept_and_offloaded_it_runs_and_says_what_it_cannot(tmp_path, dequantized):
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    for mode in ("expanded", "absorbed"):
+        model = load("keep", device_map=places, offload_folder=tmp_path, mla_mode=mode)
+        torch.testing.assert_close(model(IDS).logits, dequantized(IDS).logits, rtol=0, atol=2e-4)
+    for act in (model.dequantize_fp8, lambda: model.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="offloaded, out of reach of.*fp8_weights='dequantize'"):
+            act()
+
+
+def test_scales_are_fp32_whatever_the_default_dtype(monkeypatch):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert quantize(torch.randn(4, 4))[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_that_cannot_be_quantised_is_left_as_it_was():
+    model = load("keep")
+    with pytest.raises(ValueError, match="holds FP8 weights already: undo that first"):
+        model.quantize_fp8("ue8m0")
+    assert "scale_fmt" not in model.config.quantization_config
+    model = tiny_model("v3")
+    model.model.layers[2].mlp.experts.down_proj.data[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="layers.2.mlp.experts.down_proj holds values that are not finite"):
+        model.quantize_fp8()
+    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+def test_the_way_may_be_given_beside_a_config(fp8_weights):
+    config = DeepseekV3Config.from_pretrained(FP8)
+    model = load(fp8_weights, config=config)
+    assert any(isinstance(module, FP8Linear) for module in model.modules()) == (fp8_weights == "keep")
+    assert config.fp8_weights == "auto"

@@ -1,13 +1,15 @@
 """Between a checkpoint in the official layout and a model: what must be there, what may be absent, what is written twice."""
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,16 @@ def safetensors_shapes(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{path} holds {repeated[0]}, which another file holds too: remove it from one of them.")
         shapes |= found
     return shapes
+
+
+def check_index(files: list[str], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises `ValueError` for a tensor that the index beside `files` lists and none of them holds, by name."""
+    index = Path(files[0]).parent / SAFE_WEIGHTS_INDEX_NAME
+    if len(files) < 2 or not index.is_file():
+        return
+    for name, file in json.loads(index.read_text())["weight_map"].items():
+        if name not in shapes:
+            raise ValueError(f"{index} puts {name} into {file}, which does not hold it: download or copy both again.")
 
 
 def check_experts(config, num_layers: int, shapes: dict[str, tuple[int, ...]], ignore_sizes: bool = False) -> None:

@@ -21,10 +21,12 @@ def dequantize(
     scale: torch.Tensor,
     block_size: tuple[int, int] = DEFAULT_BLOCK,
     dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`weight` `[m, n]` in FP8 times its block scales `[ceil(m / rows), ceil(n / columns)]` in fp32, then cast to `dtype`.
 
-    The last block of a row or column may be partial: kv_a_proj_with_mqa has 576 = 4.5 * 128 rows.
+    The last block of a row or column may be partial: kv_a_proj_with_mqa has 576 = 4.5 * 128 rows. With `out`, a tensor of this
+    shape and dtype, the result is written there.
 
     Raises:
         ValueError: when the scales are not one per block.
@@ -35,29 +37,35 @@ def dequantize(
             f"Scales {tuple(scale.shape)}, but a weight {tuple(weight.shape)} has {blocks} blocks of {tuple(block_size)}: "
             "check weight_block_size in the quantization_config."
         )
+    if not weight.numel():
+        return torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     rows, columns = block_size
     scale = scale.float()
     if weight.device.type != "cpu":
         spread = scale.repeat_interleave(rows, 0)[: weight.shape[0]]
-        return (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
-    result = torch.empty(weight.shape, dtype=dtype)
+        result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
+        return result if out is None else out.copy_(result)
+    result = torch.empty(weight.shape, dtype=dtype) if out is None else out
+    bits = weight.view(torch.int8)
+    codes = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=torch.int16)
+    values = torch.empty(codes.shape)  # both of a size that the processor's cache holds, and allocated once
     for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
-        part = slice(block * rows, (block + 1) * rows)  # little enough for the processor's cache
-        result[part] = _times(weight[part], spread)
+        part = slice(block * rows, (block + 1) * rows)
+        count = len(bits[part])
+        result[part] = _times(weight[part], bits[part], spread, codes[:count], values[:count])
     return result
 
 
-def _times(weight: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+def _times(weight, bits, spread, codes, values) -> torch.Tensor:
     """`weight.float() * spread` on a CPU, whose own cast from FP8 takes several times as long.
 
-    E4M3 bits, moved up by 7, are the fp16 bits of the value times 2^-8 (biases 7 and 15); only its NaN has no such form,
-    and a scale that 2^8 makes infinite.
+    E4M3 `bits`, moved up by 7, are the fp16 bits of the value times 2^-8 (biases 7 and 15); only its NaN has no such form,
+    and a scale that 2^8 makes infinite. `codes` and `values` are overwritten.
     """
-    bits = weight.view(torch.int8)
-    if weight.dtype != torch.float8_e4m3fn or (bits & 0x7F).max() == 0x7F or spread.max() >= 2.0**120:
+    if weight.dtype != torch.float8_e4m3fn or spread.max() >= 2.0**120 or (bits & 0x7F).max() == 0x7F:
         return weight.float() * spread
-    halves = bits.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16)
-    return halves.float().mul_(spread * 256)
+    codes.copy_(bits).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    return values.copy_(codes.view(torch.float16)).mul_(spread * 256)
 
 
 def quantize(
@@ -74,7 +82,7 @@ def quantize(
     rows, columns = block_size
     grid = [-(-size // block) for size, block in zip(weight.shape, block_size, strict=True)]
     quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-    scale = torch.ones(grid, device=weight.device)
+    scale = torch.ones(grid, dtype=torch.float32, device=weight.device)
     for block in range(grid[0]):  # a row of blocks at a time: little memory, which a CPU caches
         part = weight[block * rows : (block + 1) * rows].float()
         amax = (
@@ -160,8 +168,10 @@ class _KeepsFP8:
 
     block_size: tuple[int, int]
     ue8m0: bool  # whether activations that are rounded to FP8 get scales that are powers of two
+    compute_dtype: torch.dtype = torch.float32  # of the model; PEFT gives its adapters this one, not the weight's
 
     def _apply(self, fn, recurse=True):
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         held = (*self._parameters.items(), *self._buffers.items())
         kept = {name: tensor.data for name, tensor in held if tensor is not None and name != "bias"}
         super()._apply(fn, recurse)

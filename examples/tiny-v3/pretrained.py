@@ -1,11 +1,13 @@
 """The base class of all models: what is initialised how, and the ways from and to a checkpoint."""
 
+import copy
 import os
 import re
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -20,6 +22,7 @@ from .attention import DeepseekAttention
 from .checkpoint import (
     SHARED_MTP_WEIGHTS,
     check_experts,
+    check_index,
     drop_absent_mtp_layers,
     misfits,
     safetensors_shapes,
@@ -108,6 +111,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         stays in FP8 in memory, as `fp8_weights` of the config says (or is given here)."""
         if config is None and pretrained_model_name_or_path is not None:
             require_config(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if "fp8_weights" in kwargs and isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+            config.fp8_weights = kwargs.pop("fp8_weights")
+            config.validate_architecture()
         config = without_fp8(cls.config_class, pretrained_model_name_or_path, config, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
@@ -123,8 +130,15 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             if state_dict is None and str((checkpoint_files or [""])[0]).endswith(".safetensors")
             else None
         )
+        if block_size is not None and not files and state_dict is None:
+            raise ValueError(
+                f"{load_config.pretrained_model_name_or_path} says that it is block FP8, and has no safetensors files, the only "
+                "ones that are read as such: download or convert it again."
+            )
         if files or state_dict is not None:
             shapes = safetensors_shapes(files) if files else {name: tuple(x.shape) for name, x in state_dict.items()}
+            if files:
+                check_index(files, shapes)
             scale = next((name for name in shapes if name.endswith(SCALE_SUFFIX)), None)
             if scale is not None and block_size is None and load_config.hf_quantizer is None:
                 raise ValueError(
