@@ -172,7 +172,7 @@ class BatchRampTrainer(Trainer):
 
     Raises:
         ValueError: when training begins, for other multiples, for micro-batches over `per_device_train_batch_size`, for a
-            `max_steps` that is not set or beyond `batch_sizes`, and for a dataset without length.
+            `max_steps` that is not set or beyond `batch_sizes`, and for a dataset that is iterable or empty.
     """
 
     def __init__(self, *args, batch_sizes: Sequence[int], **kwargs):
@@ -181,10 +181,10 @@ class BatchRampTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         parts = self.get_total_train_batch_size(self.args) // self.args.train_batch_size
-        if isinstance(self.train_dataset, IterableDataset):
+        if isinstance(self.train_dataset, IterableDataset) or self.train_dataset is None or not len(self.train_dataset):
             raise ValueError(
                 f"BatchRampTrainer draws rows by index, and {type(self.train_dataset).__name__} has none: give a map-style "
-                "dataset, or train without a ramp."
+                "dataset with rows, or train without a ramp."
             )
         if not 0 < self.args.max_steps <= len(self.batch_sizes):
             raise ValueError(

@@ -322,6 +322,7 @@ WRONG_RUNS = {
     "no end": (dict(max_steps=-1), r"7 steps, and max_steps is -1: set TrainingArguments\(max_steps=7\)"),
     "beyond": (dict(max_steps=8), "max_steps is 8"),
     "stream": (dict(dataset=Stream()), "Stream has none: give a map-style dataset"),
+    "empty": (dict(dataset=[]), "list has none"),
 }
 
 
