@@ -90,13 +90,22 @@ class Routing:
             self.scores.append(scores)
             self.chosen.append(chosen)
 
+    def close(self) -> None:
+        """Nothing is collected any more, and what was is let go."""
+        self.open = False
+        self.scores.clear()
+        self.chosen.clear()
+
+    def seen(self, width: int) -> torch.Tensor | slice:
+        """Which of the first `width` tokens of all rows, `[B * width]`, are no padding."""
+        return slice(None) if self.mask is None else self.mask[:, :width].flatten()
+
     def losses(self, per_sequence: bool, n_group: int, topk_group: int) -> torch.Tensor:
         """Sums over all routers of the three [`balance_losses`], `[3]`."""
         total = 0
         for scores, chosen in zip(self.scores, self.chosen, strict=True):
             width = scores.shape[1]
-            seen = slice(None) if self.mask is None else self.mask[:, :width].flatten()
-            rows = None
+            seen, rows = self.seen(width), None
             if per_sequence:
                 _, rows = self.documents[:, :width].flatten()[seen].unique(return_inverse=True)
             parts = balance_losses(scores.flatten(0, 1)[seen], chosen.flatten(0, 1)[seen], rows, n_group, topk_group)

@@ -59,6 +59,12 @@ class DeepseekConfig(PreTrainedConfig):
         routed_scaling_factor (`float`): multiplies the gates (V2 applies it only to gates that were not normalised).
         num_nextn_predict_layers (`int`): multi-token prediction layers, stored behind the `num_hidden_layers` main ones.
         mtp_loss_weight (`float`): lambda of the MTP training loss (DeepSeek-V3 report, section 2.2).
+        aux_loss_alpha (`float`): factor of the expert-level balance loss in training; 0, as without it, computes nothing.
+        seq_aux (`bool`): that loss for every sequence apart (V2, V3), or for the whole batch at once.
+        device_aux_loss_alpha, comm_aux_loss_alpha (`float`): factors of the device- and communication-level balance losses over
+            `n_group` groups of experts (V2: 0.05 and 0.02).
+        moe_capacity_factor (`float`, *optional*): in training a group of experts serves at most this times its average share of
+            a batch and drops the visits of lowest affinity, those of a tenth of the sequences excepted (V2: 1.0).
         fp8_weights (`str`): what becomes of the weights of a block-FP8 checkpoint: `"dequantize"` while they are read; `"keep"`
             them in FP8, frozen, to multiply in FP8 where a GPU can and else dequantise in blocks whenever they are used; `"auto"`
             is `"keep"` on a machine with such a GPU (compute capability 8.9).
@@ -107,6 +113,11 @@ class DeepseekConfig(PreTrainedConfig):
     routed_scaling_factor: float | int = 1.0
     num_nextn_predict_layers: int | None = 0
     mtp_loss_weight: float | int = 0.3
+    aux_loss_alpha: float | int = 0.0
+    seq_aux: bool = True
+    device_aux_loss_alpha: float | int = 0.0
+    comm_aux_loss_alpha: float | int = 0.0
+    moe_capacity_factor: float | int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
@@ -151,6 +162,12 @@ class DeepseekConfig(PreTrainedConfig):
     def scales_normalized_gates(self) -> bool:
         """Whether `routed_scaling_factor` also multiplies gates that `norm_topk_prob` normalised: V3 and its `noaux_tc` yes."""
         return self.topk_method == "noaux_tc"
+
+    @property
+    def balance_factors(self) -> tuple[float, float, float]:
+        """Of the expert-, device- and communication-level loss; all 0 without experts."""
+        factors = (self.aux_loss_alpha, self.device_aux_loss_alpha, self.comm_aux_loss_alpha)
+        return tuple(float(factor or 0) for factor in factors) if self.n_routed_experts else (0.0, 0.0, 0.0)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (MTP layers count on behind the main ones) has routed experts."""
@@ -211,7 +228,25 @@ class DeepseekConfig(PreTrainedConfig):
                 f"YaRN needs original_max_position_embeddings of at least 1 (4096 in the releases), got {rope}."
             )
 
+    def _validate_balance(self) -> None:
+        for name in ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: the factor of a loss is not negative; 0 turns it off."
+                )
+        if self.moe_capacity_factor is not None and self.moe_capacity_factor <= 0:
+            raise ValueError(
+                f"moe_capacity_factor is {self.moe_capacity_factor}: expected more than 0 (1.0 in V2), or None to drop nothing."
+            )
+        for name in ("device_aux_loss_alpha", "comm_aux_loss_alpha", "moe_capacity_factor"):
+            if getattr(self, name) and (self.n_group or 1) < 2:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, which balances groups of experts, and n_group is {self.n_group}: set it "
+                    f"(8 in V2) and topk_group, or leave {name} out."
+                )
+
     def _validate_routing(self) -> None:
+        self._validate_balance()
         experts, groups = self.n_routed_experts, self.n_group or 1
         allowed, top_k = groups if self.topk_group is None else self.topk_group, self.num_experts_per_tok
         for name, value, known in (

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .balance import Routing, within_capacity
+
 
 def router_scores(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
     """Affinities `[N, E]` of fp32 router logits: softmax over all experts (V2) or sigmoid of each (V3)."""
@@ -77,6 +79,8 @@ class DeepseekTopkRouter(nn.Module):
         self.e_score_correction_bias: torch.Tensor | None
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
+        self.capacity_factor = config.moe_capacity_factor
+        self.routing: Routing | None = None  # of the forward pass that a training model is in
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, and stays in fp32 when this is cast."""
@@ -98,4 +102,15 @@ class DeepseekTopkRouter(nn.Module):
         gates = gate_values(
             scores, chosen, self.norm_topk_prob, self.routed_scaling_factor, self.scales_normalized_gates
         )
+        if self.routing is not None and self.training:
+            batch = hidden_states.shape[:-1]
+            self.routing.collect(scores.view(*batch, -1), chosen.view(*batch, -1))
+            if self.routing.protected is not None:
+                protected = self.routing.protected[:, None].expand(batch).flatten()
+                seen = self.routing.seen(batch[1])
+                stay = torch.ones_like(chosen, dtype=torch.bool)
+                stay[seen] = within_capacity(
+                    scores.detach()[seen], chosen[seen], protected[seen], self.n_group, self.capacity_factor
+                )
+                gates = gates * stay
         return router_logits, gates, chosen

@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .balance import Routing
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
@@ -32,10 +33,12 @@ from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
+from .router import DeepseekTopkRouter
 from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
 
+NEVER_DROPPED = 0.1  # share of the sequences of which no token is dropped (DeepSeek-V2 paper, section 2.2.4)
 MTP_LOSS_ROWS = 512  # tokens whose MTP logits exist at a time: 0.26 GB in fp32 for DeepSeek-V3's vocabulary
 
 
@@ -46,6 +49,7 @@ class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
     lm_loss (scalar): next-token loss, the part of `loss` without MTP.
     mtp_loss (tuple of scalars): one loss per MTP depth.
     mtp_logits (tuple of `[B, T - k, V]`): logits of depth k = 1, 2, ...; row i predicts token i + k + 1.
+    aux_loss (scalar): in training, the balance losses with their factors, summed over all MoE layers.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -181,6 +185,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         self.model = self._model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._shares = False  # whether the routers have what a forward pass shares
         self.post_init()
 
     @can_return_tuple
@@ -219,6 +224,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 "they would not see: pass the whole text without a cache, or drop output_mtp_logits (in training: set "
                 "config.mtp_loss_weight = 0)."
             )
+        factors, routing = self.config.balance_factors, None
+        if self.training:
+            if any(factors) or (self.config.n_routed_experts and self.config.moe_capacity_factor):
+                like = input_ids if inputs_embeds is None else inputs_embeds
+                routing = self._new_routing(like, attention_mask, position_ids)
+            self._share(routing)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -231,7 +242,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
 
-        loss = lm_loss = mtp_loss = mtp_logits = None
+        loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
         if labels is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
@@ -245,6 +256,19 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 mtp_loss = self._mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
             if weight:
                 loss = lm_loss + weight / self.config.num_nextn_predict_layers * sum(mtp_loss)
+        if routing is not None:
+            if any(factors):
+                groups = (self.config.n_group or 1, self.config.topk_group or self.config.n_group or 1)
+                parts = routing.losses(self.config.seq_aux, *groups)
+                aux_loss = (parts * parts.new_tensor(factors)).sum()
+            routing.close()
+            if aux_loss is not None and loss is not None:
+                if loss.requires_grad and not aux_loss.requires_grad:
+                    logger.warning_once(
+                        "The balance losses carry no gradient here. Gradient checkpointing hides it unless "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    )
+                loss = loss + aux_loss * share_of_step(labels, **kwargs)
 
         return DeepseekCausalLMOutput(
             loss=loss,
@@ -256,7 +280,31 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             lm_loss=lm_loss,
             mtp_loss=mtp_loss,
             mtp_logits=mtp_logits,
+            aux_loss=aux_loss,
         )
+
+    def _new_routing(self, like, attention_mask, position_ids) -> Routing:
+        """What the routers share in a forward pass over `like` `[B, S, ...]`."""
+        batch, length = like.shape[:2]
+        documents = torch.arange(batch, device=like.device)[:, None].expand(-1, length) * length
+        mask = protected = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            mask = attention_mask[:, -length:].bool()
+        elif position_ids is not None and attention_mask is None:
+            packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
+            documents = documents if packed is None else documents + packed
+        if self.config.moe_capacity_factor:
+            protected = torch.rand(batch, device=like.device) < NEVER_DROPPED
+        return Routing(mask, documents, protected)
+
+    def _share(self, routing: Routing | None) -> None:
+        """Gives `routing` to all routers; they keep it for the backward pass, where checkpointed layers run again."""
+        if routing is None and not self._shares:
+            return
+        self._shares = routing is not None
+        for module in self.model.modules():
+            if isinstance(module, DeepseekTopkRouter):
+                module.routing = routing
 
     def _mtp_is_left_untrained(self) -> bool:
         """Whether a forward in training mode without labels passes over MTP layers that are meant to learn."""
@@ -448,6 +496,13 @@ class DeepseekV3ForTokenClassification(DeepseekV3PreTrainedModel, DeepseekForTok
 
 class DeepseekV3ForQuestionAnswering(DeepseekV3PreTrainedModel, DeepseekForQuestionAnswering):
     _model_class = DeepseekV3Model
+
+
+def share_of_step(labels: torch.Tensor, num_items_in_batch=None, **kwargs) -> torch.Tensor | float:
+    """How much of an optimiser step these `labels` are: balance losses of its parts are weighted by their tokens."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch
 
 
 def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
