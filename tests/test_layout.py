@@ -35,6 +35,7 @@ LAYERS = {
     "attention": 3,
     "moe": 3,
     "precision": 4,
+    "lora": 4,
     "decoder": 4,
     "mtp": 5,
     "speculative": 5,
