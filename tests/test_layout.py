@@ -42,7 +42,7 @@ LAYERS = {
     "pretrained": 5,
     "modeling_deepseek": 6,
 }
-PIP_ONLY = {"__init__", "training", "export", "scaling_laws"}
+PIP_ONLY = {"__init__", "adapters", "training", "export", "scaling_laws"}
 SHIPPED_MAY_NEED = {"torch", "transformers", "huggingface_hub", "safetensors"}
 CONVERSION_NEEDS = {"filelock"}  # beside what is shipped
 

@@ -1,5 +1,6 @@
 """LoRA adapters: which modules each target reaches in each family, and that adapters train, travel and merge."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as NativeV2
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
 from absent import without
+from modeling_deepseek.adapters import save_per_expert
 from modeling_deepseek.lora import lora_targets
 from tiny import tiny_model, tiny_tokens
 
@@ -400,3 +403,91 @@ def test_adapters_of_native_transformers_are_read(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_model("v3"), tmp_path).eval()
     assert adapted(loaded) == adapted(model)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=0, atol=1e-3)
+
+
+PER_EXPERT = {"attention": 4, "mlp": 4, "experts": 8, "all": 8, "all-linear": 8, "parameters": 4, "router": 4}
+
+
+@pytest.mark.parametrize("family", ["moe16b", "v3"])
+@pytest.mark.parametrize("name", PER_EXPERT)
+def test_an_adapter_for_vllm_has_per_expert_keys_and_the_same_products(name, family, tmp_path):
+    """vLLM reads DeepSeek adapters in this form only (`is_3d_moe_weight` is False there), with one rank and one alpha."""
+    model = adapt(family, **TARGETS[name][0], init_lora_weights=False, lora_alpha=10).eval()
+    save_per_expert(model, tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    modules = {key.removesuffix(".lora_A.weight") for key in written if key.endswith(".lora_A.weight")}
+    assert modules == {f"base_model.model.model.layers.{path}" for path in per_expert(paths(family, *TARGETS[name][1]))}
+    assert {tensor.shape["lora_B" in key] for key, tensor in written.items()} == {PER_EXPERT[name]}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (PER_EXPERT[name], PER_EXPERT[name], False)
+    assert (config["rank_pattern"], config["alpha_pattern"], config["target_parameters"]) == ({}, {}, None)
+    loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path).eval()
+    assert adapted(loaded) == adapted(model)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def per_expert(adapters: set[str]) -> set[str]:
+    found = set()
+    for path in adapters:
+        owner, _, name = path.rpartition(".")
+        if owner.endswith(".experts"):
+            names = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
+            found |= {f"{owner}.{expert}.{each}" for expert in range(8) for each in names}
+        else:
+            found.add(path.removesuffix(".weight"))
+    return found
+
+
+def test_factors_of_one_expert_are_those_that_its_weight_gets(tmp_path):
+    model = adapt("v3", **lora_targets("experts"), init_lora_weights=False, use_rslora=True)
+    before = tiny_model("v3").model.layers[1].mlp.experts
+    save_per_expert(model, tmp_path)
+    after = model.merge_and_unload().model.layers[1].mlp.experts
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    for name in MLP:
+        path = f"base_model.model.model.layers.1.mlp.experts.5.{name}"
+        delta = written[f"{path}.lora_B.weight"] @ written[f"{path}.lora_A.weight"]
+        kind = name.removesuffix("_proj")
+        torch.testing.assert_close(delta, after._weight_of(5, kind) - before._weight_of(5, kind), rtol=1e-4, atol=1e-5)
+
+
+def test_half_adapted_experts_are_written_whole(tmp_path):
+    model = adapt("v3", target_parameters=["mlp.experts.down_proj"], init_lora_weights=False).eval()
+    save_per_expert(model, tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    path = "base_model.model.model.layers.2.mlp.experts.7"
+    assert written[f"{path}.up_proj.lora_A.weight"].shape == (4, 48)
+    assert written[f"{path}.up_proj.lora_B.weight"].shape == (40, 4)
+    assert not written[f"{path}.gate_proj.lora_B.weight"].any()
+    loaded = PeftModel.from_pretrained(tiny_model("v3"), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_mtp_layers_are_left_out_of_what_vllm_reads(tmp_path, caplog):
+    model = get_peft_model(
+        tiny_model("v3", num_nextn_predict_layers=1), LoraConfig(target_modules=["eh_proj", "o_proj"])
+    )
+    save_per_expert(model, tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.split(".")[4] for key in written} == {"0", "1", "2"}
+    assert "2 adapters of MTP layers are not written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lora_targets("attention") | dict(use_dora=True), r"use_dora=True has no place.*merge_and_unload"),
+        (lora_targets("attention") | dict(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\] has no place"),
+        (dict(target_modules=["embed_tokens"]), r"model\.embed_tokens is an embedding"),
+    ],
+    ids=["DoRA", "modules_to_save", "embedding"],
+)
+def test_what_vllm_does_not_read_is_not_written(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        save_per_expert(adapt("v3", **options), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_adapter_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"no adapter 'second': it has 'default'"):
+        save_per_expert(adapt("v3"), tmp_path, "second")
