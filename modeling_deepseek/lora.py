@@ -12,7 +12,9 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -81,8 +83,8 @@ def name_lora_targets(model: PreTrainedModel, config) -> None:
     every linear layer and routed expert, without router and head.
 
     Raises:
-        ValueError: for a target that fits no name, one of `gate_proj` and `up_proj` of routed experts without the other, experts
-            that are kept in FP8, and what PEFT cannot do on a weight that is no linear layer (dropout, DoRA, bias).
+        ValueError: for a target that fits no name, one of `gate_proj` and `up_proj` of routed experts without the other, and
+            what PEFT cannot do on a weight that is no linear layer (dropout, DoRA, bias).
     """
     modules = _modules_of(model)
     if config.target_modules is None and not config.target_parameters:
@@ -101,6 +103,8 @@ def name_lora_targets(model: PreTrainedModel, config) -> None:
     if chosen:
         config.target_parameters = sorted({*(config.target_parameters or ()), *_shortest(chosen, parameters)})
     _leave_out_what_is_no_layer(config, modules)
+    if any(isinstance(modules[parameters[path]], FP8Experts) for path in chosen | given):
+        config._register_custom_module({FP8Experts: _lora_of_kept_experts()})
 
 
 def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -178,13 +182,6 @@ def _check_pairs(named: set[str]) -> None:
 
 
 def _check_parameters(config, owners: dict[str, nn.Module]) -> None:
-    kept = [path for path, module in owners.items() if isinstance(module, FP8Experts)]
-    if kept:
-        raise ValueError(
-            f"{min(kept)} is among experts that are kept in FP8, which an adapter cannot add to: load with "
-            "fp8_weights='dequantize', or leave the routed experts out of the targets, as lora_targets('attention') and "
-            "lora_targets('mlp') do."
-        )
     impossible = {"lora_dropout": 0.0, "use_dora": False, "lora_bias": False}
     for name, possible in impossible.items():
         if owners and getattr(config, name) != possible:
@@ -232,3 +229,51 @@ def _leave_out_what_is_no_layer(config, modules: dict[str, nn.Module]) -> None:
         config.target_modules = set()
     elif any(re.fullmatch(pattern, path) for path in routers):
         config.target_modules = rf"(?!.*\bmlp\.gate$)(?:{pattern})"
+
+
+@functools.cache
+def _lora_of_kept_experts() -> type[nn.Module]:
+    """PEFT's adapter of one fused weight, made fit for experts that are kept in FP8: nothing is added to the weight itself.
+
+    PEFT would put `W + BA` in the place of the weight, in FP8; here the experts are handed A and B and add `B(Ax)` to the product.
+    """
+    base = importlib.import_module("peft.tuners.lora.layer").ParamWrapper
+
+    class ParamWrapper(base):  # PEFT knows its wrappers by this name
+        @contextmanager
+        def _activate_lora(self, active_adapters: list[str]):
+            experts = self.get_base_layer()
+            if not isinstance(experts, FP8Experts):  # dequantised since
+                with super()._activate_lora(active_adapters):
+                    yield
+                return
+            found = [self._factors(name) for name in active_adapters or () if name in self.lora_A]
+            experts.low_rank[self.parameter_name] = found
+            try:
+                yield
+            finally:
+                del experts.low_rank[self.parameter_name]
+
+        def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+            a = self.lora_A[adapter_name].weight.unflatten(0, (self.num_experts, -1))
+            b = self.lora_B[adapter_name].weight.unflatten(1, (-1, self.num_experts)).movedim(-1, 0)
+            return a, b, self.scaling[adapter_name]
+
+        def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+            """To the device only: in the dtype of the weight, FP8, nothing would be learned."""
+            weight = self.get_param()
+            if weight.dtype != torch.float8_e4m3fn:
+                return super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            for factors in (self.lora_A, self.lora_B):
+                if factors[adapter_name].weight.device.type != "meta":
+                    factors[adapter_name].to(weight.device)
+
+        def merge(self, *args, **kwargs) -> None:
+            if isinstance(self.get_base_layer(), FP8Experts):
+                raise ValueError(
+                    "The experts are kept in FP8, into which an adapter does not merge: call dequantize_fp8() of the model first, "
+                    "or load it with fp8_weights='dequantize'."
+                )
+            super().merge(*args, **kwargs)
+
+    return ParamWrapper
