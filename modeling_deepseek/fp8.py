@@ -248,7 +248,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
         if is_parametrized(self):
             raise ValueError(
                 "A parametrization was put on experts that are kept in FP8, which it cannot add to: load with "
-                "fp8_weights='dequantize', or leave the experts out. Of adapters, LoRA works on them."
+                "fp8_weights='dequantize', or leave the experts out. LoRA works on them, injected into the model as a whole."
             )
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():

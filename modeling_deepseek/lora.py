@@ -8,7 +8,7 @@ model goes on to the function as it was.
 
 import copy
 import functools
-import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Iterable
@@ -17,10 +17,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .fp8 import FP8Experts
 from .moe import DeepseekExperts
 from .router import DeepseekTopkRouter
+
+logger = logging.get_logger(__name__)
 
 _ATTENTION = r"self_attn\.\w+_proj(_with_mqa)?"
 _PRESETS = {
@@ -29,6 +32,7 @@ _PRESETS = {
     "experts": r"mlp\.experts\.(gate|up|down)_proj",
     "all": rf"({_ATTENTION}|mlp\.(shared_experts\.|experts\.)?(gate|up|down)_proj)",
 }
+_TABLE = "peft.utils.transformers_weight_conversion"
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 _NOT_OF_THE_MODEL = re.compile(r"\.(lora_\w+|modules_to_save|original_module)(\.|$)")
 
@@ -61,7 +65,12 @@ class NamesLoraTargets:
 
 
 def _wrap_the_table() -> None:
-    conversion = importlib.import_module("peft.utils.transformers_weight_conversion")
+    if importlib.util.find_spec(_TABLE) is None:
+        logger.warning_once(
+            "LoRA targets mean to this PEFT what they name among linear layers only: install peft>=0.20."
+        )
+        return
+    conversion = importlib.import_module(_TABLE)
     original = conversion.convert_peft_config_for_transformers
     if hasattr(original, "__wrapped__"):
         return

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Native
 
@@ -189,6 +189,15 @@ def test_adapters_on_kept_experts_learn_as_on_dequantised_ones():
     for name, parameter in ours.items():
         scale = there[name].grad.abs().max().item()
         torch.testing.assert_close(parameter.grad, there[name].grad, rtol=0, atol=1e-3 * scale, msg=name)
+
+
+def test_what_would_be_added_to_kept_experts_is_refused():
+    model = load("keep")
+    inject_adapter_in_model(
+        LoraConfig(target_parameters=["experts.down_proj"]), model.model.layers[-1]
+    )  # not the model
+    with pytest.raises(ValueError, match="experts that are kept in FP8.*fp8_weights='dequantize'.*model as a whole"):
+        model(input_ids=IDS)
 
 
 def test_adapters_on_kept_experts_are_switched_off_saved_and_merged(tmp_path):
