@@ -72,7 +72,7 @@ def _wrap_the_table() -> None:
         return
     conversion = importlib.import_module(_TABLE)
     original = conversion.convert_peft_config_for_transformers
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "asks_the_model"):  # wrapped before, perhaps by another copy of this file
         return
 
     @functools.wraps(original)
@@ -81,6 +81,7 @@ def _wrap_the_table() -> None:
             return model.name_lora_targets(peft_config)
         return original(peft_config, model, *args, **kwargs)
 
+    convert.asks_the_model = True
     conversion.convert_peft_config_for_transformers = convert
 
 
