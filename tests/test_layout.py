@@ -36,13 +36,14 @@ LAYERS = {
     "attention": 3,
     "moe": 3,
     "precision": 4,
+    "lora": 4,
     "decoder": 4,
     "mtp": 5,
     "speculative": 5,
     "pretrained": 5,
     "modeling_deepseek": 6,
 }
-PIP_ONLY = {"__init__", "training", "schedules", "ema", "export", "scaling_laws"}
+PIP_ONLY = {"__init__", "adapters", "ema", "export", "scaling_laws", "schedules", "training"}
 SHIPPED_MAY_NEED = {"torch", "transformers", "huggingface_hub", "safetensors"}
 CONVERSION_NEEDS = {"filelock"}  # beside what is shipped
 

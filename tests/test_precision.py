@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.parametrize import register_parametrization
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Native
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
@@ -170,10 +171,53 @@ def test_a_kept_weight_is_frozen_and_the_others_are_not():
     assert not any("_proj" in name and "eh_proj" not in name for name in trainable)
 
 
-def test_an_adapter_on_experts_that_are_kept_is_refused():
-    model = get_peft_model(load("keep"), LoraConfig(target_modules=["down_proj"]))
-    with pytest.raises(ValueError, match="experts that are kept in FP8.*fp8_weights='dequantize'"):
+def test_adapters_on_kept_experts_learn_as_on_dequantised_ones():
+    config = dict(target_modules=["gate_proj", "up_proj", "down_proj"], r=4, init_lora_weights=False)
+    dequantized, kept = (get_peft_model(load(how), LoraConfig(**config)).train() for how in ("dequantize", "keep"))
+    assert any(isinstance(module, FP8Experts) for module in kept.modules())
+    there = {name: parameter for name, parameter in dequantized.named_parameters() if parameter.requires_grad}
+    ours = {name: parameter for name, parameter in kept.named_parameters() if parameter.requires_grad}
+    assert there.keys() == ours.keys()
+    assert {parameter.dtype for parameter in ours.values()} == {torch.float32}
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(there[name])
+    losses = [model(input_ids=IDS, labels=IDS, use_cache=False).loss for model in (dequantized, kept)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    for loss in losses:
+        loss.backward()
+    assert any(".mlp.experts." in name for name in ours)
+    for name, parameter in ours.items():
+        scale = there[name].grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, there[name].grad, rtol=0, atol=1e-3 * scale, msg=name)
+
+
+def test_what_would_be_added_to_kept_experts_is_refused():
+    model = load("keep")
+    register_parametrization(model.model.layers[1].mlp.experts, "down_proj", torch.nn.Identity())
+    with pytest.raises(ValueError, match="experts that are kept in FP8.*fp8_weights='dequantize'.*model as a whole"):
         model(input_ids=IDS)
+
+
+def test_adapters_on_kept_experts_are_switched_off_saved_and_merged(tmp_path):
+    model = load("keep")
+    plain = model(input_ids=IDS).logits
+    model = get_peft_model(
+        model, LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False)
+    )
+    adapted = model.eval()(input_ids=IDS).logits
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, plain)
+    model.save_pretrained(tmp_path)
+    for how in ("keep", "dequantize"):
+        loaded = PeftModel.from_pretrained(load(how), tmp_path).eval()
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, adapted, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="kept in FP8, into which an adapter does not merge.*dequantize_fp8"):
+        model.base_model.model.model.layers[-1].mlp.experts.merge()
+    model.base_model.model.dequantize_fp8()
+    torch.testing.assert_close(model(input_ids=IDS).logits, adapted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS).logits, adapted, rtol=0, atol=1e-3)
 
 
 def test_after_adapters_are_merged_native_transformers_reads_the_result(tmp_path):
