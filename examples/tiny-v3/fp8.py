@@ -223,6 +223,8 @@ class FP8Experts(_KeepsFP8, nn.Module):
         self.block_size, self.ue8m0 = tuple(block_size), ue8m0
         self.num_experts, _, self.intermediate_dim = weights["down_proj"].shape
         self.act_fn = ACT2FN[hidden_act]
+        # by name of a weight: A [E, r, in], B [E, out, r] and scale of every adapter that is to be heard; see lora.py
+        self.low_rank: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {}
         for name in ("gate_up_proj", "down_proj"):
             self.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
             self.register_buffer(name + SCALE_SUFFIX, weights[name + SCALE_SUFFIX])
@@ -243,14 +245,20 @@ class FP8Experts(_KeepsFP8, nn.Module):
         experts = map(self.weights_of, range(self.num_experts))
         return torch.stack([torch.cat([dequantize(*e[k], self.block_size, dtype) for k in kinds]) for e in experts])
 
+    def _with_adapters(self, product: torch.Tensor, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """`product` of `x` `[n, in]` with the weight `name` of `expert`, plus what adapters add to it."""
+        for a, b, scale in self.low_rank.get(name, ()):
+            product = product + (F.linear(F.linear(x.to(a.dtype), a[expert]), b[expert]) * scale).to(product.dtype)
+        return product
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: one expert after another."""
         if is_parametrized(self):
             raise ValueError(
-                "An adapter was put on experts that are kept in FP8, which it cannot add to: load with fp8_weights='dequantize', "
-                "or leave the experts out of the adapter's targets."
+                "A parametrization was put on experts that are kept in FP8, which it cannot add to: load with "
+                "fp8_weights='dequantize', or leave the experts out. LoRA works on them, injected into the model as a whole."
             )
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
@@ -259,7 +267,9 @@ class FP8Experts(_KeepsFP8, nn.Module):
             rows, place = (top_k_index == expert).nonzero(as_tuple=True)
             product = {name: (*pair, self.block_size, self.ue8m0) for name, pair in self.weights_of(expert).items()}
             x = hidden_states[rows]
-            hidden = self.act_fn(fp8_linear(x, *product["gate_proj"])) * fp8_linear(x, *product["up_proj"])
-            found = fp8_linear(hidden, *product["down_proj"]) * top_k_weights[rows, place].unsqueeze(-1)
-            output.index_add_(0, rows, found.to(output.dtype))
+            gate_up = torch.cat([fp8_linear(x, *product[name]) for name in ("gate_proj", "up_proj")], dim=-1)
+            gate, up = self._with_adapters(gate_up, "gate_up_proj", x, expert).chunk(2, dim=-1)
+            hidden = self.act_fn(gate) * up
+            found = self._with_adapters(fp8_linear(hidden, *product["down_proj"]), "down_proj", hidden, expert)
+            output.index_add_(0, rows, (found * top_k_weights[rows, place].unsqueeze(-1)).to(output.dtype))
         return output

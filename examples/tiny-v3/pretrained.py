@@ -33,6 +33,7 @@ from .decoder import DeepseekDecoderLayer
 from .fp8 import SCALE_SUFFIX, official_fp8_config
 from .fp8_checkpoint import dequantized_state_dict, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
+from .lora import NamesLoraTargets, name_lora_targets
 from .moe import DeepseekExperts
 from .precision import dequantize_model, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
 from .rope import DeepseekRotaryEmbedding
@@ -77,6 +78,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(DeepseekTopkRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    peft_config = NamesLoraTargets()
+    name_lora_targets = name_lora_targets
     _keys_to_ignore_on_load_unexpected = [rf"layers\.\d+\.{re.escape(name)}$" for name in SHARED_MTP_WEIGHTS]
 
     @torch.no_grad()
