@@ -48,7 +48,7 @@ FOLDERS = {
     "source": {"type": Path, "metavar": "SRC", "help": "the folder of a checkpoint; only read"},
     "destination": {"type": Path, "metavar": "DST", "help": "a new or empty folder, or what a killed run left in it"},
 }
-JOBS = {"--jobs": {"type": int, "default": 1, "metavar": "N", "help": "files written at a time (1)"}}
+JOBS = {"--jobs": {"type": int, "default": 2, "metavar": "N", "help": "files written at a time (2)"}}
 SHARDS = {
     "--max-shard-size": {
         "default": MAX_SHARD_SIZE,

@@ -34,7 +34,7 @@ def to_demo(
     destination: str | os.PathLike[str],
     mp: int,
     with_mtp: bool = False,
-    jobs: int = 1,
+    jobs: int = 2,
 ) -> None:
     """Shard a V2 or V3 checkpoint (bf16 or FP8) for the official inference demo on `mp` ranks, bit by bit.
 
@@ -177,7 +177,7 @@ def from_demo(
     destination: str | os.PathLike[str],
     config_file: str | os.PathLike[str],
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    jobs: int = 1,
+    jobs: int = 2,
 ) -> None:
     """Put the ranks of a folder in the demo layout together again, as a checkpoint in the Hub layout, bit by bit.
 

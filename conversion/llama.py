@@ -23,7 +23,7 @@ def from_llama(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    jobs: int = 1,
+    jobs: int = 2,
 ) -> None:
     """Make a checkpoint of `DeepseekForCausalLM`, with the code for `trust_remote_code=True`, of one of `LlamaForCausalLM`.
 
@@ -39,7 +39,7 @@ def to_llama(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    jobs: int = 1,
+    jobs: int = 2,
 ) -> None:
     """Make a checkpoint of `LlamaForCausalLM` of a dense one of `DeepseekForCausalLM`; the code does not go along.
 

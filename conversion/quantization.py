@@ -27,7 +27,7 @@ def to_bf16(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    jobs: int = 1,
+    jobs: int = 2,
 ) -> None:
     """Make a bf16 checkpoint of the block-FP8 one in `source`: `W_fp8 * scale` in fp32, then cast; all else as it is.
 
@@ -57,7 +57,7 @@ def to_fp8(
     destination: str | os.PathLike[str],
     scale_fmt: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    jobs: int = 1,
+    jobs: int = 2,
 ) -> None:
     """Make a block-FP8 checkpoint (E4M3, blocks of 128 x 128, fp32 scales) of the one in `source`, in the official layout.
 

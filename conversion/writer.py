@@ -86,7 +86,7 @@ def convert(
     shards: Shards,
     last: dict[str, bytes],
     options: dict[str, Any],
-    jobs: int = 1,
+    jobs: int = 2,
     without: Iterable[str] = (),
 ) -> None:
     """Write `shards`, then the other files of `source`, then `last` (file name -> bytes: index and config) to `destination`.

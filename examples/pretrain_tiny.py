@@ -29,13 +29,13 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek.training import RouterBiasCallback
 
 CONTEXT = 512  # tokens
 BATCH = 4  # rows of CONTEXT tokens per step
@@ -208,24 +208,6 @@ def acceptance_rate(model: torch.nn.Module, ids: torch.Tensor, rows: int = 64, w
     ).mtp_stats.acceptance_rate
 
 
-class BalanceExperts(TrainerCallback):
-    """Moves the bias of every router against its load after each step, without a loss (DeepSeek-V3 report, section 2.1.2)."""
-
-    def __init__(self, model: torch.nn.Module):
-        routers = [module for module in model.modules() if getattr(module, "e_score_correction_bias", None) is not None]
-        self.loads = {router: torch.zeros_like(router.e_score_correction_bias) for router in routers}
-        for router in routers:
-            router.register_forward_hook(self.count)
-
-    def count(self, router: torch.nn.Module, _inputs: tuple, output: tuple) -> None:
-        self.loads[router] += torch.bincount(output[2].flatten(), minlength=router.num_experts)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        for router, load in self.loads.items():
-            router.e_score_correction_bias += BIAS_STEP * torch.sign(load.mean() - load)
-            load.zero_()
-
-
 def seconds_per_step(config: DeepseekV3Config, device: str, steps: int = 5) -> float:
     """Time of one training step, measured on a model that is thrown away."""
     model = DeepseekV3ForCausalLM(config).train().to(device)
@@ -264,7 +246,7 @@ def train(config: DeepseekV3Config, rows: list[dict], folder: Path, steps: int, 
         save_total_limit=2,
         report_to="none",
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[BalanceExperts(model)])
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[RouterBiasCallback(BIAS_STEP)])
     trainer.train(resume_from_checkpoint=last)
     model.config.use_cache = True  # Trainer turns it off
     return model.eval()

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedConfig
+from transformers.masking_utils import find_packed_sequence_indices
+
+NEVER_DROPPED = 0.1  # share of the sequences of which no token is dropped (DeepSeek-V2 paper, section 2.2.4)
 
 
 def expert_counts(chosen: torch.Tensor, num_experts: int, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -111,3 +115,30 @@ class Routing:
             parts = balance_losses(scores.flatten(0, 1)[seen], chosen.flatten(0, 1)[seen], rows, n_group, topk_group)
             total = total + torch.stack(parts)
         return total
+
+
+def new_routing(
+    config: PreTrainedConfig,
+    like: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> Routing:
+    """What the routers share in a training forward over `like` `[B, S, ...]`; packed documents are told apart as in attention."""
+    batch, length = like.shape[:2]
+    documents = torch.arange(batch, device=like.device)[:, None].expand(-1, length) * length
+    mask = protected = None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        mask = attention_mask[:, -length:].bool()
+    elif position_ids is not None and attention_mask is None:
+        packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
+        documents = documents if packed is None else documents + packed
+    if config.moe_capacity_factor:
+        protected = torch.rand(batch, device=like.device) < NEVER_DROPPED
+    return Routing(mask, documents, protected)
+
+
+def share_of_step(labels: torch.Tensor, num_items_in_batch=None, **kwargs) -> torch.Tensor | float:
+    """How much of an optimiser step these `labels` are: balance losses of its parts are weighted by their tokens."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[:, 1:] != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch

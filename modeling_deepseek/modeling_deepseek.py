@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .balance import Routing
+from .balance import Routing, new_routing, share_of_step
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
@@ -38,7 +38,6 @@ from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
 
-NEVER_DROPPED = 0.1  # share of the sequences of which no token is dropped (DeepSeek-V2 paper, section 2.2.4)
 MTP_LOSS_ROWS = 512  # tokens whose MTP logits exist at a time: 0.26 GB in fp32 for DeepSeek-V3's vocabulary
 
 
@@ -228,7 +227,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if self.training:
             if any(factors) or (self.config.n_routed_experts and self.config.moe_capacity_factor):
                 like = input_ids if inputs_embeds is None else inputs_embeds
-                routing = self._new_routing(like, attention_mask, position_ids)
+                routing = new_routing(self.config, like, attention_mask, position_ids)
             self._share(routing)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -282,20 +281,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             mtp_logits=mtp_logits,
             aux_loss=aux_loss,
         )
-
-    def _new_routing(self, like, attention_mask, position_ids) -> Routing:
-        """What the routers share in a forward pass over `like` `[B, S, ...]`."""
-        batch, length = like.shape[:2]
-        documents = torch.arange(batch, device=like.device)[:, None].expand(-1, length) * length
-        mask = protected = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            mask = attention_mask[:, -length:].bool()
-        elif position_ids is not None and attention_mask is None:
-            packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
-            documents = documents if packed is None else documents + packed
-        if self.config.moe_capacity_factor:
-            protected = torch.rand(batch, device=like.device) < NEVER_DROPPED
-        return Routing(mask, documents, protected)
 
     def _share(self, routing: Routing | None) -> None:
         """Gives `routing` to all routers; they keep it for the backward pass, where checkpointed layers run again."""
@@ -496,13 +481,6 @@ class DeepseekV3ForTokenClassification(DeepseekV3PreTrainedModel, DeepseekForTok
 
 class DeepseekV3ForQuestionAnswering(DeepseekV3PreTrainedModel, DeepseekForQuestionAnswering):
     _model_class = DeepseekV3Model
-
-
-def share_of_step(labels: torch.Tensor, num_items_in_batch=None, **kwargs) -> torch.Tensor | float:
-    """How much of an optimiser step these `labels` are: balance losses of its parts are weighted by their tokens."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch
 
 
 def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,16 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from .ema import EMACallback, ema_weights
+from .load_balance import RouterBiasCallback, expert_load, plot_expert_load
+from .schedules import (
+    BatchRampTrainer,
+    batch_size_ramp,
+    multi_step_schedule,
+    parameter_groups,
+    v3_schedule,
+)
+
 
 class MTPLossWeightCallback(TrainerCallback):
     """Steps `config.mtp_loss_weight` while `Trainer` runs; a resumed run has the weight of its place.
@@ -98,3 +108,19 @@ class LossPartsCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(parts)
         self.sums = None
+
+
+__all__ = [
+    "BatchRampTrainer",
+    "EMACallback",
+    "LossPartsCallback",
+    "MTPLossWeightCallback",
+    "RouterBiasCallback",
+    "batch_size_ramp",
+    "ema_weights",
+    "expert_load",
+    "multi_step_schedule",
+    "parameter_groups",
+    "plot_expert_load",
+    "v3_schedule",
+]

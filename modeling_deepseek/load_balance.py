@@ -1,0 +1,209 @@
+"""Loss-free balancing inside `Trainer`: the load of the experts counted in training, and the routers' bias moved against it."""
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+def routers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Name -> router of every MoE layer, found by what it has: classes loaded as remote code are others than ours."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "e_score_correction_bias") and hasattr(module, "top_k") and hasattr(module, "num_experts")
+    }
+
+
+class ExpertLoad:
+    """Counts how often each router of `model` chose each expert, in forward passes in training mode.
+
+    Padding is left out. What gradient checkpointing computes again in the backward pass is outside of the model's forward and not
+    counted twice. `counts`: name of the router -> `[E]` since the last `reset`; `detach` ends it.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.routers, self.counting, self.mask = routers_of(model), False, None
+        self.counts: dict[str, torch.Tensor] = {}
+        self.reset()
+        self.hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+        for name, router in self.routers.items():
+            self.hooks.append(router.register_forward_hook(self._counter(name)))
+
+    def reset(self) -> None:
+        for name, router in self.routers.items():
+            self.counts[name] = torch.zeros(router.num_experts, device=router.weight.device)
+
+    def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _begin(self, model: torch.nn.Module, _args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        self.counting, self.mask = model.training, mask if mask is not None and mask.ndim == 2 else None
+
+    def _end(self, *_call) -> None:
+        self.counting = False
+
+    def _counter(self, name: str):
+        def count(router: torch.nn.Module, inputs: tuple, output: tuple) -> None:
+            if not self.counting:
+                return
+            chosen, (batch, width) = output[2], inputs[0].shape[:2]
+            if self.mask is not None:  # an MTP layer reads fewer tokens, from the first on
+                chosen = chosen[self.mask[:batch, :width].flatten().bool()]
+            self.counts[name] += torch.bincount(chosen.flatten(), minlength=router.num_experts)
+
+        return count
+
+
+def max_violation(counts: torch.Tensor) -> float:
+    """MaxVio of `counts` `[E]`: (largest - mean) / mean, 0 at balance (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing")."""
+    mean = counts.float().mean()
+    return ((counts.max() - mean) / mean.clamp(min=1e-20)).item()
+
+
+def load_entropy(counts: torch.Tensor) -> float:
+    """Entropy of the shares of `counts` `[E]`, over that of equal ones: 1 at balance."""
+    shares = counts.float() / counts.sum().clamp(min=1)
+    return (torch.special.entr(shares).sum() / torch.tensor(float(len(counts))).log()).item()
+
+
+class RouterBiasCallback(TrainerCallback, ExportableState):
+    """Moves `e_score_correction_bias` of every router against its load, once per optimiser step (DeepSeek-V3 report, 2.1.2).
+
+    The load is that of all micro-batches and ranks of the step. The bias has no gradient and no weight decay, is saved with the
+    model, and also in the state of Trainer, since an adapter's checkpoint does not hold it. Beside `loss` are logged, as means
+    over the layers, `maxvio_batch` of the last step, `maxvio` and `load_entropy` of all steps since the last log, and
+    `router_bias_range`, the largest minus the smallest bias of any layer.
+
+    Args:
+        update_speed: what is added to the bias of an expert under the mean load, and taken from one above (V3: 0.001).
+        proportional: add `update_speed` times the relative violation (mean - load) / mean instead of its sign.
+
+    Raises:
+        ValueError: for a speed that is negative; when training begins, for a model whose routers have no bias, and for adapters
+            that are resumed without the bias they were trained beside.
+    """
+
+    def __init__(self, update_speed: float = 1e-3, proportional: bool = False):
+        if update_speed < 0:
+            raise ValueError(f"update_speed is not negative, got {update_speed!r}.")
+        self.update_speed, self.proportional = update_speed, proportional
+        self.load: ExpertLoad | None = None
+        self.total: dict[str, torch.Tensor] = {}
+        self.last: dict[str, torch.Tensor] = {}
+
+    def state(self) -> dict:
+        routers = {} if self.load is None else self.load.routers
+        return {
+            "args": {"update_speed": self.update_speed, "proportional": self.proportional},
+            "attributes": {"biases": {name: each.e_score_correction_bias.tolist() for name, each in routers.items()}},
+        }
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        routers = {name: each for name, each in routers_of(model).items() if each.e_score_correction_bias is not None}
+        if not routers:
+            raise ValueError(
+                f"RouterBiasCallback: no router of {type(model).__name__} has a bias (topk_method 'noaux_tc'). Leave the callback "
+                "out, or balance with config.aux_loss_alpha."
+            )
+        if self.load is not None:  # of a run that an error ended
+            self.load.detach()
+        self.load = ExpertLoad(model)
+        self.load.routers = routers
+        self.total = {}
+        if state.global_step:
+            self._resume(state, model)
+
+    def _resume(self, state, model: torch.nn.Module) -> None:
+        routers, stored = self.load.routers, state.stateful_callbacks.get(type(self).__name__, {})
+        stored = stored[0] if isinstance(stored, list) else stored
+        biases = stored.get("attributes", {}).get("biases", {})
+        if not biases and hasattr(model, "peft_config"):
+            raise ValueError(
+                "RouterBiasCallback: this checkpoint of an adapter has no router bias in its trainer_state.json, and the adapter "
+                "was trained beside one: resume from a checkpoint that a run with this callback saved, or without the callback."
+            )
+        for name, values in biases.items():
+            if name not in routers:
+                raise ValueError(
+                    f"RouterBiasCallback: the state of Trainer has a bias of {name}, which this model has not: resume with the "
+                    "model that was trained."
+                )
+            bias = routers[name].e_score_correction_bias
+            bias.copy_(torch.tensor(values, dtype=bias.dtype))
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        for name, router in self.load.routers.items():
+            counts = self.load.counts[name]
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(counts)
+            error = counts.mean() - counts
+            step = error / counts.mean().clamp(min=1) if self.proportional else error.sign()
+            router.e_score_correction_bias += self.update_speed * step
+            self.total[name] = self.total[name] + counts if name in self.total else counts.clone()
+            router.expert_load = counts + getattr(router, "expert_load", torch.zeros_like(counts))
+        self.last = dict(self.load.counts)
+        self.load.reset()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.load.detach()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not self.total:
+            return
+        biases = [router.e_score_correction_bias for router in self.load.routers.values()]
+        found = {
+            "maxvio_batch": _mean(max_violation, self.last),
+            "maxvio": _mean(max_violation, self.total),
+            "load_entropy": _mean(load_entropy, self.total),
+            "router_bias_range": max((bias.max() - bias.min()).item() for bias in biases),
+        }
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
+        self.total = {}
+
+
+def _mean(measure, counts: dict[str, torch.Tensor]) -> float:
+    return sum(map(measure, counts.values())) / len(counts)
+
+
+def expert_load(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Name of each router -> how often it chose each expert `[E]` while [`RouterBiasCallback`] counted, over all steps and ranks.
+
+    Raises:
+        ValueError: when nothing was counted.
+    """
+    found = {name: router.expert_load for name, router in routers_of(model).items() if hasattr(router, "expert_load")}
+    if not found:
+        raise ValueError(
+            "No load was counted: train with RouterBiasCallback(update_speed=0) to count and change nothing."
+        )
+    return found
+
+
+def plot_expert_load(load: dict[str, torch.Tensor], path) -> None:
+    """Writes a picture to `path`: layers by experts, in colour the load over its mean.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_expert_load draws with matplotlib: pip install matplotlib.") from error
+    relative = torch.stack([counts.float().cpu() / counts.float().mean().cpu() for counts in load.values()])
+    figure = Figure(figsize=(10, 1 + 0.3 * len(relative)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    axes.set(
+        xlabel="expert", ylabel="layer", yticks=range(len(load)), yticklabels=[name.split(".")[-3] for name in load]
+    )
+    figure.colorbar(image, label="load / mean")
+    figure.savefig(path)
