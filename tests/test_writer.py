@@ -111,9 +111,10 @@ def test_every_tensor_is_aligned():
 def test_other_files_go_along_and_index_and_config_are_last(source, tmp_path, shards, monkeypatch):
     moved, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (moved.append(Path(new).name), replace(old, new)))
-    run(source, tmp_path / "out", shards)
-    assert [name for name in moved if name != MANIFEST] == [
-        *shards,
+    run(source, tmp_path / "out", shards, jobs=2)  # whichever shard is first
+    names = [name for name in moved if name != MANIFEST]
+    assert names[: len(shards)] in (list(shards), list(shards)[::-1])
+    assert names[len(shards) :] == [
         "generation_config.json",
         "fp8_cast_bf16_sha256.json",
         "tokenizer.json",
