@@ -13,7 +13,7 @@ from .ops import block_scaled_product, has_fast_gemm, multiplies_fp8
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
 DEFAULT_BLOCK = (128, 128)
 FP8_MAX = 448.0  # of E4M3
-PIECE = 2**22  # elements of a weight that are dequantised at a time
+PIECE = 2**20  # elements of a weight that are dequantised at a time
 
 
 def dequantize(
@@ -112,12 +112,20 @@ def official_fp8_config(scale_fmt: str | None = None) -> dict:
 def dequantized_pieces(
     weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a block-FP8 weight `[m, n]`, dequantised a few million elements at a time, and which they are."""
+    """Rows of a block-FP8 weight `[m, n]`, dequantised a million elements at a time, and which they are.
+
+    On a CPU the next piece overwrites the one before: fresh memory takes longer than the product.
+    """
     rows = block_size[0]
     step = max(1, PIECE // (rows * weight.shape[1]))  # in blocks
+    buffer = None
+    if weight.device.type == "cpu":
+        buffer = torch.empty(min(step * rows, weight.shape[0]), weight.shape[1], dtype=dtype)
     for block in range(0, scale.shape[0], step):
         part = slice(block * rows, (block + step) * rows)
-        yield part, dequantize(weight[part], scale[block : block + step], block_size, dtype)
+        own = weight[part]
+        out = None if buffer is None else buffer[: len(own)]
+        yield part, dequantize(own, scale[block : block + step], block_size, dtype, out)
 
 
 class _BlockScaledProduct(torch.autograd.Function):
