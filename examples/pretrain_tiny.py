@@ -29,6 +29,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -220,7 +221,9 @@ def seconds_per_step(config: DeepseekV3Config, device: str, steps: int = 5) -> f
     return (time.perf_counter() - start) / steps
 
 
-def train(config: DeepseekV3Config, rows: list[dict], folder: Path, steps: int, device: str) -> DeepseekV3ForCausalLM:
+def train(
+    config: DeepseekV3Config, rows: list[dict], folder: Path, steps: int, device: str, callbacks: list[TrainerCallback]
+) -> DeepseekV3ForCausalLM:
     """Trains for `steps` steps in all, from the last checkpoint in `folder` if there is one."""
     set_seed(0)
     last = get_last_checkpoint(folder) if folder.is_dir() else None
@@ -246,7 +249,7 @@ def train(config: DeepseekV3Config, rows: list[dict], folder: Path, steps: int, 
         save_total_limit=2,
         report_to="none",
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[RouterBiasCallback(BIAS_STEP)])
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last)
     model.config.use_cache = True  # Trainer turns it off
     return model.eval()
@@ -328,7 +331,7 @@ def main() -> None:
     print(
         f"{len(ids):,} tokens, {len(held_out_ids):,} held out; {steps:,} steps of {BATCH * CONTEXT:,} tokens on {device}"
     )
-    model = train(config, pack(ids, CONTEXT), scratch, steps, device)
+    model = train(config, pack(ids, CONTEXT), scratch, steps, device, [RouterBiasCallback(BIAS_STEP)])
 
     shutil.rmtree(partial, ignore_errors=True)
     save(model, tokenizer, scratch / "final", partial)

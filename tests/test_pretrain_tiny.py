@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
-from modeling_deepseek.load_balance import routers_of
+from modeling_deepseek.load_balance import RouterBiasCallback, routers_of
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain_tiny.py"
 MICRO = dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, vocab_size=300)
@@ -120,7 +120,9 @@ def small_run(pretrain, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "SAVE_STEPS", 2)
     rows = pretrain.pack(torch.randint(300, (320,)), 32)
     config = micro_config(pretrain)
-    return lambda steps: pretrain.train(config, rows, tmp_path / "training", steps, "cpu")
+    return lambda steps: pretrain.train(
+        config, rows, tmp_path / "training", steps, "cpu", [RouterBiasCallback(pretrain.BIAS_STEP)]
+    )
 
 
 def same_weights(model, other):
