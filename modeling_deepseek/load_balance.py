@@ -15,16 +15,23 @@ def routers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
+def drops(router: torch.nn.Module) -> bool:
+    """Whether it drops visits to experts in training."""
+    return bool(getattr(router, "capacity_factor", None))
+
+
 class ExpertLoad:
     """Counts how often each router of `model` chose each expert, in forward passes in training mode.
 
     Padding is left out. What gradient checkpointing computes again in the backward pass is outside of the model's forward and not
-    counted twice. `counts`: name of the router -> `[E]` since the last `reset`; `detach` ends it.
+    counted twice. Since the last `reset`, `counts`: name of the router -> `[E]`, and `dropped`: name -> how many of these visits
+    `moe_capacity_factor` dropped, whose gate is 0. `detach` ends it.
     """
 
     def __init__(self, model: torch.nn.Module):
         self.routers, self.counting, self.mask = routers_of(model), False, None
         self.counts: dict[str, torch.Tensor] = {}
+        self.dropped: dict[str, torch.Tensor] = {}
         self.reset()
         self.hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -36,6 +43,7 @@ class ExpertLoad:
     def reset(self) -> None:
         for name, router in self.routers.items():
             self.counts[name] = torch.zeros(router.num_experts, device=router.weight.device)
+            self.dropped[name] = torch.zeros((), device=router.weight.device)
 
     def detach(self) -> None:
         for hook in self.hooks:
@@ -52,10 +60,13 @@ class ExpertLoad:
         def count(router: torch.nn.Module, inputs: tuple, output: tuple) -> None:
             if not self.counting:
                 return
-            chosen, (batch, width) = output[2], inputs[0].shape[:2]
+            (_, gates, chosen), (batch, width) = output, inputs[0].shape[:2]
             if self.mask is not None:  # an MTP layer reads fewer tokens, from the first on
-                chosen = chosen[self.mask[:batch, :width].flatten().bool()]
+                seen = self.mask[:batch, :width].flatten().bool()
+                gates, chosen = gates[seen], chosen[seen]
             self.counts[name] += torch.bincount(chosen.flatten(), minlength=router.num_experts)
+            if drops(router):
+                self.dropped[name] += (gates == 0).sum()
 
         return count
 
@@ -72,13 +83,88 @@ def load_entropy(counts: torch.Tensor) -> float:
     return (torch.special.entr(shares).sum() / torch.tensor(float(len(counts))).log()).item()
 
 
-class RouterBiasCallback(TrainerCallback, ExportableState):
+class ExpertLoadCallback(TrainerCallback):
+    """Counts the load of the experts while `Trainer` runs, for every model with routed experts; changes nothing.
+
+    Beside `loss` are logged, as means over the layers, `maxvio_batch` of the last step, `maxvio` and `load_entropy` of all steps
+    since the last log, and, with `moe_capacity_factor`, `dropped_share` of the visits to experts. The load is that of all
+    micro-batches and ranks. [`expert_load`] has the sum over the run.
+
+    Raises:
+        ValueError: when training begins, for a model without routed experts.
+    """
+
+    def __init__(self):
+        self.load: ExpertLoad | None = None
+        self.last: dict[str, torch.Tensor] = {}
+        self.total: dict[str, torch.Tensor] = {}
+        self.dropped: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        routers = self.routers_of(model)
+        if self.load is not None:  # of a run that an error ended
+            self.load.detach()
+        self.load = ExpertLoad(model)
+        self.load.routers = routers
+        self.total, self.dropped = {}, {}
+
+    def routers_of(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """The routers whose load is counted."""
+        routers = routers_of(model)
+        if not routers:
+            raise ValueError(
+                f"{type(self).__name__}: {type(model).__name__} has no routed experts (config.n_routed_experts). Leave the "
+                "callback out."
+            )
+        return routers
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        for name, router in self.load.routers.items():
+            counts, dropped = self.load.counts[name], self.load.dropped[name]
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(counts)
+                dist.all_reduce(dropped)
+            self.step_end(router, counts)
+            self.total[name] = self.total.get(name, 0) + counts
+            self.dropped[name] = self.dropped.get(name, 0) + dropped
+            router.expert_load = counts + getattr(router, "expert_load", torch.zeros_like(counts))
+        self.last = dict(self.load.counts)
+        self.load.reset()
+
+    def step_end(self, router: torch.nn.Module, counts: torch.Tensor) -> None:
+        """What is done with a router at the end of a step, in which it chose the experts as often as `counts` `[E]` says."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.load.detach()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not self.total:
+            return
+        found = {
+            "maxvio_batch": _mean(max_violation, self.last),
+            "maxvio": _mean(max_violation, self.total),
+            "load_entropy": _mean(load_entropy, self.total),
+        }
+        if any(map(drops, self.load.routers.values())):
+            visits = sum(counts.sum() for counts in self.total.values())
+            found["dropped_share"] = (sum(self.dropped.values()) / visits).item()
+        found |= self.more_to_log()
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
+        self.total, self.dropped = {}, {}
+
+    def more_to_log(self) -> dict[str, float]:
+        return {}
+
+
+class RouterBiasCallback(ExpertLoadCallback, ExportableState):
     """Moves `e_score_correction_bias` of every router against its load, once per optimiser step (DeepSeek-V3 report, 2.1.2).
 
-    The load is that of all micro-batches and ranks of the step. The bias has no gradient and no weight decay, is saved with the
-    model, and also in the state of Trainer, since an adapter's checkpoint does not hold it. Beside `loss` are logged, as means
-    over the layers, `maxvio_batch` of the last step, `maxvio` and `load_entropy` of all steps since the last log, and
-    `router_bias_range`, the largest minus the smallest bias of any layer.
+    The bias has no gradient and no weight decay, is saved with the model, and also in the state of Trainer, since an adapter's
+    checkpoint does not hold it. Logs what [`ExpertLoadCallback`] does, and `router_bias_range`, the largest minus the smallest
+    bias of any layer.
 
     Args:
         update_speed: what is added to the bias of an expert under the mean load, and taken from one above (V3: 0.001).
@@ -92,10 +178,8 @@ class RouterBiasCallback(TrainerCallback, ExportableState):
     def __init__(self, update_speed: float = 1e-3, proportional: bool = False):
         if update_speed < 0:
             raise ValueError(f"update_speed is not negative, got {update_speed!r}.")
+        super().__init__()
         self.update_speed, self.proportional = update_speed, proportional
-        self.load: ExpertLoad | None = None
-        self.total: dict[str, torch.Tensor] = {}
-        self.last: dict[str, torch.Tensor] = {}
 
     def state(self) -> dict:
         routers = {} if self.load is None else self.load.routers
@@ -104,18 +188,17 @@ class RouterBiasCallback(TrainerCallback, ExportableState):
             "attributes": {"biases": {name: each.e_score_correction_bias.tolist() for name, each in routers.items()}},
         }
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def routers_of(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         routers = {name: each for name, each in routers_of(model).items() if each.e_score_correction_bias is not None}
         if not routers:
             raise ValueError(
-                f"RouterBiasCallback: no router of {type(model).__name__} has a bias (topk_method 'noaux_tc'). Leave the callback "
-                "out, or balance with config.aux_loss_alpha."
+                f"RouterBiasCallback: no router of {type(model).__name__} has a bias (topk_method 'noaux_tc'). Balance with "
+                "config.aux_loss_alpha, and count with ExpertLoadCallback."
             )
-        if self.load is not None:  # of a run that an error ended
-            self.load.detach()
-        self.load = ExpertLoad(model)
-        self.load.routers = routers
-        self.total = {}
+        return routers
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, model=model)
         if state.global_step:
             self._resume(state, model)
 
@@ -137,37 +220,14 @@ class RouterBiasCallback(TrainerCallback, ExportableState):
             bias = routers[name].e_score_correction_bias
             bias.copy_(torch.tensor(values, dtype=bias.dtype))
 
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, **kwargs):
-        for name, router in self.load.routers.items():
-            counts = self.load.counts[name]
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(counts)
-            error = counts.mean() - counts
-            step = error / counts.mean().clamp(min=1) if self.proportional else error.sign()
-            router.e_score_correction_bias += self.update_speed * step
-            self.total[name] = self.total[name] + counts if name in self.total else counts.clone()
-            router.expert_load = counts + getattr(router, "expert_load", torch.zeros_like(counts))
-        self.last = dict(self.load.counts)
-        self.load.reset()
+    def step_end(self, router: torch.nn.Module, counts: torch.Tensor) -> None:
+        error = counts.mean() - counts
+        step = error / counts.mean().clamp(min=1) if self.proportional else error.sign()
+        router.e_score_correction_bias += self.update_speed * step
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.load.detach()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not self.total:
-            return
+    def more_to_log(self) -> dict[str, float]:
         biases = [router.e_score_correction_bias for router in self.load.routers.values()]
-        found = {
-            "maxvio_batch": _mean(max_violation, self.last),
-            "maxvio": _mean(max_violation, self.total),
-            "load_entropy": _mean(load_entropy, self.total),
-            "router_bias_range": max((bias.max() - bias.min()).item() for bias in biases),
-        }
-        logs.update(found)
-        if state.log_history:
-            state.log_history[-1].update(found)
-        self.total = {}
+        return {"router_bias_range": max((bias.max() - bias.min()).item() for bias in biases)}
 
 
 def _mean(measure, counts: dict[str, torch.Tensor]) -> float:
@@ -175,16 +235,14 @@ def _mean(measure, counts: dict[str, torch.Tensor]) -> float:
 
 
 def expert_load(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name of each router -> how often it chose each expert `[E]` while [`RouterBiasCallback`] counted, over all steps and ranks.
+    """Name of each router -> how often it chose each expert `[E]` while a callback counted, over all steps and ranks.
 
     Raises:
         ValueError: when nothing was counted.
     """
     found = {name: router.expert_load for name, router in routers_of(model).items() if hasattr(router, "expert_load")}
     if not found:
-        raise ValueError(
-            "No load was counted: train with RouterBiasCallback(update_speed=0) to count and change nothing."
-        )
+        raise ValueError("No load was counted: train with ExpertLoadCallback() or RouterBiasCallback().")
     return found
 
 

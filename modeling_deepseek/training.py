@@ -7,7 +7,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from .ema import EMACallback, ema_weights
-from .load_balance import RouterBiasCallback, expert_load, plot_expert_load
+from .load_balance import ExpertLoadCallback, RouterBiasCallback, expert_load, plot_expert_load
 from .schedules import (
     BatchRampTrainer,
     batch_size_ramp,
@@ -66,19 +66,20 @@ class MTPLossWeightCallback(TrainerCallback):
 
 
 class LossPartsCallback(TrainerCallback):
-    """Logs what `loss` is made of beside it: `lm_loss`, and `mtp_loss` or one `mtp_loss_k` per depth.
+    """Logs what `loss` is made of beside it: `lm_loss`, `mtp_loss` or one `mtp_loss_k` per depth, and `aux_loss`.
 
-    They are means since the last log, over all ranks, on the scale of `loss`; a step without MTP loss counts as 0. Reporters of
-    `report_to` hear of a log before the callbacks that are passed to `Trainer`; to have the parts in them too, put this one
-    first: `trainer.callback_handler.callbacks.insert(0, LossPartsCallback())`.
+    They are means since the last log, over all ranks, on the scale of `loss`; a step without MTP loss counts as 0. `aux_loss`, the
+    balance losses with their factors, is the plain mean over forward passes. Reporters of `report_to` hear of a log before the
+    callbacks that are passed to `Trainer`; to have the parts in them too, put this one first:
+    `trainer.callback_handler.callbacks.insert(0, LossPartsCallback())`.
     """
 
     def __init__(self):
-        self.sums, self.hook = None, None
+        self.sums, self.aux, self.hook = None, None, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.on_train_end(args, state, control)  # of a run that an error ended
-        self.sums = None
+        self.sums = self.aux = None
         self.hook = model.register_forward_hook(self._add)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -93,26 +94,36 @@ class LossPartsCallback(TrainerCallback):
             parts = torch.nn.functional.pad(parts, (0, max(0, len(self.sums) - len(parts))))
             self.sums = torch.nn.functional.pad(self.sums, (0, max(0, len(parts) - len(self.sums))))
         self.sums = parts if self.sums is None else self.sums + parts
+        aux_loss = getattr(output, "aux_loss", None)
+        if aux_loss is not None:
+            aux = torch.stack([aux_loss.detach().float(), parts.new_ones(())])
+            self.aux = aux if self.aux is None else self.aux + aux
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.sums is None or "loss" not in logs:
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.sums)
+            if self.aux is not None:
+                dist.all_reduce(self.aux)
         total, lm_loss, *mtp_loss = self.sums.tolist()
         # Trainer has averaged `loss` over steps, micro-batches and ranks in its own way: the parts follow in proportion
         scale = logs["loss"] / total if total else 0.0
         names = ["mtp_loss"] if len(mtp_loss) == 1 else [f"mtp_loss_{depth}" for depth in range(1, len(mtp_loss) + 1)]
         parts = {"lm_loss": lm_loss * scale} | {name: x * scale for name, x in zip(names, mtp_loss, strict=True)}
+        if self.aux is not None:
+            aux, passes = self.aux.tolist()
+            parts["aux_loss"] = aux / passes
         logs.update(parts)
         if state.log_history:
             state.log_history[-1].update(parts)
-        self.sums = None
+        self.sums = self.aux = None
 
 
 __all__ = [
     "BatchRampTrainer",
     "EMACallback",
+    "ExpertLoadCallback",
     "LossPartsCallback",
     "MTPLossWeightCallback",
     "RouterBiasCallback",

@@ -11,6 +11,7 @@ from transformers import TrainerState
 
 from modeling_deepseek.load_balance import (
     ExpertLoad,
+    ExpertLoadCallback,
     RouterBiasCallback,
     expert_load,
     load_entropy,
@@ -132,6 +133,24 @@ def test_an_adapter_without_the_bias_it_was_trained_beside_is_refused(tmp_path):
 def test_a_model_without_bias_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no router of DeepseekV2ForCausalLM has a bias.*aux_loss_alpha"):
         trained(tmp_path, RouterBiasCallback(), model=tiny_model("v2"))
+
+
+def test_load_and_drops_of_a_model_without_bias_are_counted(tmp_path):
+    model = tiny_model("v2", moe_capacity_factor=0.5, aux_loss_alpha=0.1)
+    counts, gone = chosen_counts(model, IDS), []
+    for router in routers_of(model).values():
+        router.register_forward_hook(lambda _module, _inputs, out: gone.append((out[1] == 0).float().mean().item()))
+    options = dict(model=model, steps=1, per_device_train_batch_size=24, logging_steps=1)
+    _, seen = trained(tmp_path, ExpertLoadCallback(), **options)
+    torch.testing.assert_close(expert_load(model)[LAYERS[0]], counts[0])  # the next layer sees what is left
+    assert seen.logs[0]["dropped_share"] == pytest.approx(sum(gone) / len(gone))
+    assert 0.2 < seen.logs[0]["dropped_share"] < 0.6
+    assert seen.logs[0]["maxvio"] > 0 and "router_bias_range" not in seen.logs[0]
+
+
+def test_a_model_without_experts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="DeepseekForCausalLM has no routed experts"):
+        trained(tmp_path, ExpertLoadCallback(), model=tiny_model("llm"))
 
 
 def test_a_negative_speed_is_refused():

@@ -106,6 +106,18 @@ def test_logged_parts_are_those_of_the_batch(tmp_path):
     assert seen.logs[0]["mtp_loss"] == pytest.approx(output.mtp_loss[0].item() * reached / items, abs=1e-4)
 
 
+def test_balance_losses_are_logged_as_they_are(tmp_path):
+    model = tiny_model("v2", aux_loss_alpha=0.1)
+    with torch.no_grad():
+        output = model.train()(input_ids=IDS, labels=IDS, use_cache=False)
+    for accumulation in (1, 4):  # sequence-wise losses: their mean is that of the parts
+        options = dict(per_device_train_batch_size=24 // accumulation, gradient_accumulation_steps=accumulation)
+        folder = tmp_path / str(accumulation)
+        _, seen = trained(folder, LossPartsCallback(), model=deepcopy(model), steps=1, logging_steps=1, **options)
+        assert seen.logs[0]["aux_loss"] == pytest.approx(output.aux_loss.item(), rel=1e-5)
+        assert seen.logs[0]["loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+
+
 def test_evaluation_between_the_steps_adds_nothing_to_the_parts(tmp_path):
     found = []
     for strategy in ("no", "steps"):
