@@ -1,5 +1,7 @@
 """Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
+import math
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -46,26 +48,43 @@ def dequantize(
         result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
         return result if out is None else out.copy_(result)
     result = torch.empty(weight.shape, dtype=dtype) if out is None else out
-    bits = weight.view(torch.int8)
-    codes = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=torch.int16)
-    values = torch.empty(codes.shape)  # both of a size that the processor's cache holds, and allocated once
+    quick = weight.dtype == torch.float8_e4m3fn and not torch.compiler.is_compiling()
     for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
         part = slice(block * rows, (block + 1) * rows)
-        count = len(bits[part])
-        result[part] = _times(weight[part], bits[part], spread, codes[:count], values[:count])
+        if not (quick and _multiply(weight[part], spread, result[part])):
+            result[part] = weight[part].float() * spread
     return result
 
 
-def _times(weight, bits, spread, codes, values) -> torch.Tensor:
-    """`weight.float() * spread` on a CPU, whose own cast from FP8 takes several times as long.
+def _multiply(weight: torch.Tensor, spread: torch.Tensor, out: torch.Tensor) -> bool:
+    """`out = weight.float() * spread` on a CPU, whose own cast from E4M3 takes many times as long; False where that cast must do.
 
-    E4M3 `bits`, moved up by 7, are the fp16 bits of the value times 2^-8 (biases 7 and 15); only its NaN has no such form,
-    and a scale that 2^8 makes infinite. `codes` and `values` are overwritten.
+    The bits of E4M3, moved up by 7, are those of the value times 2^-8 in fp16 (biases 7 and 15). Left to the cast are its NaN,
+    which has no such form, and a scale that 2^8 makes infinite.
     """
-    if weight.dtype != torch.float8_e4m3fn or spread.max() >= 2.0**120 or (bits & 0x7F).max() == 0x7F:
-        return weight.float() * spread
+    bits = weight.view(torch.int8)
+    if torch.bitwise_and(bits, 0x7F, out=scratch(bits.shape, torch.int8)).max() == 0x7F or spread.max() >= 2.0**120:
+        return False
+    codes = scratch(bits.shape, torch.int16)
     codes.copy_(bits).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return values.copy_(codes.view(torch.float16)).mul_(spread * 256)
+    values = out if out.dtype == torch.float32 else scratch(bits.shape, torch.float32)
+    values.copy_(codes.view(torch.float16))
+    values.mul_(spread * 256)
+    if values is not out:
+        out.copy_(values)
+    return True
+
+
+_held = threading.local()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """CPU memory of this thread that its next call gets again: fresh memory takes longer than what is done with it."""
+    size = math.prod(shape)
+    if size > len(_held.__dict__.get(dtype, ())):
+        with torch.inference_mode(False):  # or nothing could be written there outside of it
+            _held.__dict__[dtype] = torch.empty(size, dtype=dtype)
+    return _held.__dict__[dtype][:size].view(shape)
 
 
 def quantize(
@@ -120,7 +139,7 @@ def dequantized_pieces(
     step = max(1, PIECE // (rows * weight.shape[1]))  # in blocks
     buffer = None
     if weight.device.type == "cpu":
-        buffer = torch.empty(min(step * rows, weight.shape[0]), weight.shape[1], dtype=dtype)
+        buffer = scratch((min(step * rows, weight.shape[0]), weight.shape[1]), dtype)
     for block in range(0, scale.shape[0], step):
         part = slice(block * rows, (block + step) * rows)
         own = weight[part]

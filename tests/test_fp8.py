@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_all_codes_are_dequantised_nan_too(dtype):
     weight, scale = torch.arange(256, dtype=torch.uint8).view(2, 128).view(dtype), torch.tensor([[0.37]])
     expected = values_of(weight, scale, (128, 128))
     torch.testing.assert_close(dequantize(weight, scale), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_memory_that_is_used_again_belongs_to_one_thread_and_no_mode():
+    weights = [torch.randn(200, 300 + 10 * i).to(torch.float8_e4m3fn) for i in range(8)]
+    scales = [torch.rand(2, 3) for _ in weights]
+
+    def both(weight, scale):
+        with torch.inference_mode():  # the first call of the thread
+            dequantize(weight, scale, dtype=torch.bfloat16)
+        return [dequantize(weight, scale, dtype=torch.bfloat16) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for weight, scale, found in zip(weights, scales, pool.map(both, weights, scales), strict=True):
+            expected = values_of(weight, scale, (128, 128)).bfloat16()
+            assert all(torch.equal(each, expected) for each in found)
 
 
 def test_ue8m0_scales_are_powers_of_two_and_read_alike():
