@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import register_parametrization
+from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Native
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
@@ -218,6 +219,17 @@ def test_adapters_on_kept_experts_are_switched_off_saved_and_merged(tmp_path):
     model.base_model.model.dequantize_fp8()
     torch.testing.assert_close(model(input_ids=IDS).logits, adapted, rtol=0, atol=1e-3)
     torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS).logits, adapted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, DeepseekV3ForCausalLM])
+def test_the_folder_of_an_adapter_loads_with_the_fp8_model_that_it_names(tmp_path, model_class, fp8_weights):
+    config = LoraConfig(target_modules=["o_proj", "gate_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(load("keep"), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load(fp8_weights, tmp_path, model_class=model_class)
+    assert any(isinstance(module, FP8Experts) for module in loaded.modules()) == (fp8_weights == "keep")
+    torch.testing.assert_close(loaded(IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-3)
 
 
 def test_after_adapters_are_merged_native_transformers_reads_the_result(tmp_path):
