@@ -245,6 +245,14 @@ def test_after_adapters_are_merged_native_transformers_reads_the_result(tmp_path
     torch.testing.assert_close(ours(IDS).logits, native(IDS).logits, rtol=0, atol=2e-4)
 
 
+def test_a_new_model_of_an_fp8_config_is_saved_as_the_plain_one_that_it_is(tmp_path):
+    model = DeepseekV3ForCausalLM(DeepseekV3Config.from_pretrained(FP8))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    native = Native.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(native(IDS).logits, model.eval()(IDS).logits, rtol=0, atol=2e-4)
+
+
 def test_dequantising_in_place_gives_the_dequantised_model(dequantized):
     kept = load("keep")
     kept.dequantize_fp8()
