@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -92,7 +92,8 @@ def convert(
     """Write `shards`, then the other files of `source`, then `last` (file name -> bytes: index and config) to `destination`.
 
     A file has a temporary name until it is complete and on disk. A manifest says until the end whose files these are: after
-    a kill, a full disk or an error the same call goes on with what is missing, and the result has the same bytes.
+    a kill or a full disk the same call goes on with what is missing, and the result has the same bytes. A tensor that turns out
+    to be wrong takes the whole result with it: no other call can finish it.
 
     Args:
         options: the command and all that decides about the bytes, JSON-compatible; to resume they must be the same.
@@ -101,7 +102,7 @@ def convert(
 
     Raises:
         ValueError: before anything is written, for a destination that is the source, lies in it or around it, holds anything
-            but an unfinished run of the same call, is being written to, or has no room.
+            but an unfinished run of the same call, is being written to, or has no room; and what a `compute` raises.
         OSError: when the disk is full or may not be written to; finished files stay.
     """
     destination = Path(destination)
@@ -113,13 +114,22 @@ def convert(
     check_ours(destination, manifest)
     check_room(destination, unfinished(destination, shards), others)
 
+    new = not destination.exists()
     destination.mkdir(parents=True, exist_ok=True)
     with only_run(destination):
         check_ours(destination, manifest)  # another run may have ended meanwhile
         for stale in temporaries(destination):
             stale.unlink()
         write_file(destination / MANIFEST, to_json(manifest))
-        write_shards(destination, shards, unfinished(destination, shards), jobs)
+        try:
+            write_shards(destination, shards, unfinished(destination, shards), jobs)
+        except ValueError:  # of the source, which has to change before a run can end
+            for name in (*shards, LOCK, MANIFEST):
+                (destination / name).unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # somebody put a file into it
+                    destination.rmdir()
+            raise
         for name, file in others.items():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             with staged(destination / name) as copy, open(file, "rb") as original:

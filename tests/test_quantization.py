@@ -189,12 +189,15 @@ def test_checkpoint_without_config_is_refused(tmp_path, copy):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_weight_that_is_not_finite_is_named_and_leaves_no_shard(tmp_path, value):
-    source = shutil.copytree(FP32, tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
-    tensors[W][2, 3] = value
+@pytest.mark.parametrize(("value", "dtype"), [(torch.inf, torch.float32), (torch.nan, torch.bfloat16)])
+def test_weight_that_is_not_finite_is_named_and_leaves_nothing(tmp_path, value, dtype):
+    source, last = shutil.copytree(FP32, tmp_path / "source"), "model.layers.3.self_attn.o_proj.weight"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors[last][2, 3] = value
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"model\.safetensors: rows 0 to 79 of {W}: holds {value}"):
-        to_fp8(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    (tmp_path / "empty").mkdir()
+    for out in ("out", "empty"):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: rows 0 to 47 of {last}: holds {value}"):
+            to_fp8(source, tmp_path / out, max_shard_size="20KB")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "empty").iterdir())
