@@ -1,7 +1,6 @@
 """The official inference demo's layout, one file per rank, and back: `to_demo` and `from_demo`."""
 
 import copy
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.checkpoint import SHARED_MTP_WEIGHTS, layer_index
+from modeling_deepseek.conversion.add_code import parse_json
 from modeling_deepseek.conversion.family import check_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, check_scales, fp8_block_size, fp8_pairs
 from modeling_deepseek.conversion.weights import DEMO_MODULES, DEMO_PARTS, EXPERT, Weights
@@ -219,7 +219,7 @@ def read_group(weights: Weights, name: str) -> list[torch.Tensor]:
 def read_hub_config(path: Path) -> dict[str, Any]:
     """The object in a config.json of the Hub."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); expected the config.json of the model on the Hub"

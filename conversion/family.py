@@ -43,6 +43,10 @@ def family_config(fields: dict[str, Any], source: Path | str) -> DeepseekConfig:
         raise ValueError(
             f"{source}: model_type {fields.get('model_type')!r} is not a DeepSeek family: expected one of {known}"
         ) from None
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            raise ValueError(f"{source}: {name} is {value!r}: expected a dtype of torch, such as 'bfloat16'")
     try:
         return getattr(modeling_deepseek, f"{prefix}Config").from_dict(fields)
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -1,6 +1,5 @@
 """A checkpoint folder as it lies on disk: headers first, tensors when they are asked for, and all that is no weight."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from modeling_deepseek.conversion.add_code import read_config
+from modeling_deepseek.conversion.add_code import parse_json, read_config
 from modeling_deepseek.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX
 from modeling_deepseek.fp8_checkpoint import FP8_DTYPES, SCALE_DTYPES, block_size_of, check_scale_values
 
@@ -156,7 +155,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name by the index of `folder`; every file is there."""
     path = folder / INDEX
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not an index with a weight_map ({type(error).__name__}: {error}): {AGAIN}"
@@ -186,7 +185,7 @@ def read_headers(file: Path) -> dict[str, Header]:
                 f"{file} ({size} bytes) has a truncated or corrupt header, {length} bytes by its first 8 bytes: {AGAIN}"
             )
         try:
-            entries = json.loads(stream.read(length))
+            entries = parse_json(stream.read(length))
             entries.pop("__metadata__", None)
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{file} has a corrupt header, not a JSON object ({error}): {AGAIN}") from error

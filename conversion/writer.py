@@ -16,8 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.serialization._base import parse_size_to_int
 from huggingface_hub.utils import tqdm
 
+from modeling_deepseek.conversion.add_code import parse_json
 from modeling_deepseek.conversion.folder import DTYPES, INDEX, CheckpointFolder
 
 MANIFEST, LOCK = ".deepseek-convert.json", ".deepseek-convert.lock"
@@ -57,12 +59,21 @@ def split(groups: Sequence[Group], max_shard_size: int | str = MAX_SHARD_SIZE) -
     """The groups, in order, over `model.safetensors` or `model-00001-of-000NN.safetensors` of at most `max_shard_size` bytes.
 
     A group that is larger has a file of its own.
+
+    Raises:
+        ValueError: for a size that is none.
     """
+    try:
+        size = parse_size_to_int(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"max_shard_size is {max_shard_size!r}: expected such as 500MB ({error})") from error
+    if size < 1:
+        raise ValueError(f"max_shard_size is {max_shard_size!r}: expected 1 byte or more, such as 500MB")
     parts = split_state_dict_into_shards_factory(
         {str(index): group for index, group in enumerate(groups)},
         get_storage_size=lambda group: group.nbytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=size,
     )
     return {file: [groups[int(index)] for index in indices] for file, indices in parts.filename_to_tensors.items()}
 
@@ -197,7 +208,7 @@ def check_ours(destination: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{destination} is not empty, it holds {foreign[0].name}; name an empty or a new folder")
         return
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         options, same = found["options"], found["fingerprint"] == manifest["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest of deepseek-convert ({error}); remove {destination}") from error
