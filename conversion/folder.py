@@ -138,17 +138,31 @@ class CheckpointFolder:
         """Relative name -> file of all that goes with the weights: tokenizer, generation config, licence, code.
 
         Without config.json (which a conversion rewrites), weights and pickles, and files and folders that begin with a dot.
+        Links to folders are followed, but for those that lead back to a folder they lie in.
         """
         others = {}
-        for file in sorted(self.path.rglob("*")):
+        for file in visible_files(self.path):
             name = file.relative_to(self.path)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if file.is_dir() or hidden or name.name.endswith(NOT_CARRIED) or str(name) == "config.json":
+            if name.name.endswith(NOT_CARRIED) or str(name) == "config.json":
                 continue
             if not file.is_file():
                 raise ValueError(f"{file} is a broken link or no regular file: {AGAIN}, or remove it")
             others[name.as_posix()] = file
         return others
+
+
+def visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All that is no folder in `folder`, which lies in those `above`, and in its folders; nothing that begins with a dot."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from visible_files(path, (*above, real))
+        else:
+            yield path
 
 
 def read_index(folder: Path) -> dict[str, str]:

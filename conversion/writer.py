@@ -121,6 +121,8 @@ def convert(
         raise ValueError(f"jobs is {jobs}; expected 1 or more")
     check_apart(source.path, destination)
     others = {name: file for name, file in source.other_files().items() if name not in {*shards, *last, *without}}
+    for folder in {file.parent.resolve() for file in others.values()}:  # a link in the source may lead anywhere
+        check_apart(folder, destination)
     manifest = {"options": options, "fingerprint": fingerprint(source, others, shards, last, options)}
     check_ours(destination, manifest)
     check_room(destination, unfinished(destination, shards), others)
