@@ -253,6 +253,33 @@ def test_a_new_model_of_an_fp8_config_is_saved_as_the_plain_one_that_it_is(tmp_p
     torch.testing.assert_close(native(IDS).logits, model.eval()(IDS).logits, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_load_state_dict_takes_fp8_with_official_keys(shards):
+    fresh, kept = load("keep"), load("keep")
+    for name, tensor in fresh.state_dict().items():
+        if "_proj" in name:
+            tensor.view(torch.uint8).zero_()
+    official = list(load_file(FP8 / "model.safetensors").items())
+    for shard in range(shards):
+        result = fresh.load_state_dict(dict(official[shard::shards]), strict=False)
+        assert not [key for key in result.unexpected_keys if "_proj" in key]
+        assert shards > 1 or not result.missing_keys
+    for name, tensor in kept.state_dict().items():
+        assert same_bytes(fresh.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("path", ["mlp.experts.3.up_proj", "self_attn.o_proj"])
+def test_load_state_dict_into_fp8_names_what_does_not_fit(path):
+    kept, name = load("keep"), f"model.layers.1.{path}.weight"
+    plain = load_file(FP8 / "model.safetensors")[name].bfloat16()
+    with pytest.raises(RuntimeError, match=f"dtype mismatch for {name}: torch.bfloat16, .*dequantize_fp8"):
+        kept.load_state_dict({name: plain}, strict=False)
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        kept.load_state_dict({name: torch.zeros(3, 3).to(torch.float8_e4m3fn)}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch for .*experts.99.up_proj.weight"):
+        kept.load_state_dict({"model.layers.1.mlp.experts.99.up_proj.weight": plain}, strict=False)
+
+
 def test_dequantising_in_place_gives_the_dequantised_model(dequantized):
     kept = load("keep")
     kept.dequantize_fp8()
