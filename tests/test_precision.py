@@ -232,17 +232,33 @@ def test_the_folder_of_an_adapter_loads_with_the_fp8_model_that_it_names(tmp_pat
     torch.testing.assert_close(loaded(IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-3)
 
 
-def test_after_adapters_are_merged_native_transformers_reads_the_result(tmp_path):
-    model = load("keep", dtype=torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(target_modules=["q_b_proj", "o_proj"], init_lora_weights=False))
-    model.base_model.model.dequantize_fp8()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_learned_on_kept_weights_merge_into_what_native_transformers_reads(tmp_path, dtype):
+    model = load("keep", dtype=dtype)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_alpha=64)).train()
+    before = model(input_ids=IDS, labels=IDS).loss.item()
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model(input_ids=IDS, labels=IDS).loss.item() < before - 0.1
+    adapted = model.eval()(input_ids=IDS).logits
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="kept in FP8, into which an adapter does not merge.*dequantize_fp8"):
+            merge()
+    model.dequantize_fp8()
     merged = model.merge_and_unload()
     assert not any(isinstance(module, (FP8Linear, FP8Experts)) for module in merged.modules())
     merged.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in fields
+    assert fields["dtype"] == str(dtype).removeprefix("torch.")
     native = Native.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ours = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(ours(IDS).logits, native(IDS).logits, rtol=0, atol=2e-4)
+    if dtype == torch.float32:
+        torch.testing.assert_close(native(IDS).logits, adapted, rtol=0, atol=1e-3)
 
 
 def test_a_new_model_of_an_fp8_config_is_saved_as_the_plain_one_that_it_is(tmp_path):
