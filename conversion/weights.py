@@ -82,8 +82,7 @@ class Weights:
 
     def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any] | None = None):
         self.path = Path(path)
-        names = [file.name for file in self.path.glob("model*-mp*.safetensors")]
-        self.is_demo = any(map(RANK_FILE.fullmatch, names))
+        self.is_demo = has_demo_layout(self.path)
         folder = CheckpointFolder(self.path, index=not self.is_demo)
         if self.is_demo:
             self._parts, self._dims = demo_parts(folder)
@@ -131,6 +130,10 @@ class Weights:
                     f"{name} differs between {parts[0].file} and {other.file}; expected the same on every rank"
                 )
         return first
+
+
+def has_demo_layout(folder: Path) -> bool:
+    return any(RANK_FILE.fullmatch(file.name) for file in folder.glob("model*-mp*.safetensors"))
 
 
 def demo_parts(folder: CheckpointFolder) -> tuple[dict[str, list[Header]], dict[str, int | None]]:
