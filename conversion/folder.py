@@ -258,7 +258,7 @@ def read_pieces(header: Header, multiple: int = 1) -> Iterator[tuple[slice, torc
     Fresh memory costs a machine more than to read: this is a few megabytes, once.
     """
     if not header.nbytes or not header.shape:
-        yield slice(0, 1), read_tensor(header)
+        yield slice(0, header.shape[0] if header.shape else 1), read_tensor(header)
         return
     total = header.shape[0]
     row = header.nbytes // total

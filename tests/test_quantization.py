@@ -100,6 +100,16 @@ def test_bf16_checkpoint_has_the_logits_of_the_fp8_one(tmp_path):
     assert torch.equal(ours(tokens).logits, expected(tokens).logits)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (300, 0), (0, 0)])
+def test_weights_without_elements_go_along(tmp_path, copy, shape):
+    weight, scale = quantize(torch.ones(shape))
+    to_bf16(copy(**{W: weight, S: scale, "x": torch.ones(2)}), tmp_path / "bf16")
+    to_fp8(tmp_path / "bf16", tmp_path / "fp8")
+    assert load_file(tmp_path / "bf16" / "model.safetensors")[W].shape == shape
+    back = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert (back[W].shape, back[S].shape) == (shape, scale.shape)
+
+
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_fp8_is_that_of_the_definition(rows, columns, ue8m0, seed):
