@@ -62,9 +62,18 @@ def expected_shapes(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in an official checkpoint of `config`, FP8 scales aside.
 
     The experts one by one, MTP layers with their copies of embedding and head. Built on the meta device: no memory.
+
+    Raises:
+        ValueError: for a config of which no model can be built.
     """
-    with torch.device("meta"):
-        model = causal_lm_class(config)(config)
+    try:
+        with torch.device("meta"):
+            model = causal_lm_class(config)(config)
+    except Exception as error:  # whatever a wrong field leads to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"config.json has fields of which no model can be built ({type(error).__name__}: {reason}): download it again"
+        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     vocabulary = shapes["model.embed_tokens.weight"]
     if config.tie_word_embeddings:

@@ -176,6 +176,9 @@ def read_index(folder: Path) -> dict[str, str]:
         ) from error
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{path}: weight_map is not an object of tensor names and file names: {AGAIN}")
+    for name, file in weight_map.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(f"{path} puts {name} into {file}, which is not in {folder}: {AGAIN}")
     present = {file: (folder / file).is_file() for file in set(weight_map.values())}
     for name, file in weight_map.items():
         if not present[file]:

@@ -183,8 +183,10 @@ def logits_of(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
     model_class = causal_lm_class(read_family(folder))
     try:
         model, loading = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not load: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a wrong field of a config leads to
+        raise ValueError(f"{folder} does not load: {str(error).partition(chr(10))[0]}") from error
     if loading["missing_keys"]:
         raise ValueError(f"{folder} lacks {', '.join(sorted(loading['missing_keys'])[:NAMED])}: no logits without them")
     return model.eval()(torch.tensor([list(prompt)]), use_cache=False).logits[0]

@@ -197,6 +197,7 @@ def test_tensor_in_two_shards_is_named_with_both(tmp_path):
             r"puts z into b\.safetensors, which does not",
         ),
         ([], "weight_map is not an object"),
+        ({"x": "../a.safetensors", "y": "b.safetensors"}, r"puts x into \.\./a\.safetensors, which is not in "),
     ],
 )
 def test_index_that_disagrees_with_the_files_is_an_error(sharded, weight_map, message):
