@@ -46,12 +46,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = "; this is a Hub cache entry: name one of its snapshots/*" if (folder / "snapshots").is_dir() else ""
         raise ValueError(f"{folder} has no config.json, so it is not the folder of a model{hint}")
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; expected an object with a model_type")
     return config
+
+
+def parse_json(data: bytes) -> Any:
+    """What `json.loads` makes of `data`.
+
+    Raises:
+        ValueError: for what is no JSON, or nested deeper than Python goes.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def auto_map_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:

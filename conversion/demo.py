@@ -1,7 +1,6 @@
 """The official inference demo's layout, one file per rank, and back: `to_demo` and `from_demo`."""
 
 import copy
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,10 @@ import torch
 
 from modeling_deepseek import DeepseekConfig
 from modeling_deepseek.checkpoint import SHARED_MTP_WEIGHTS, layer_index
+from modeling_deepseek.conversion.add_code import parse_json
 from modeling_deepseek.conversion.family import check_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, check_scales, fp8_block_size, fp8_pairs
+from modeling_deepseek.conversion.quantization import SCALE_FMTS
 from modeling_deepseek.conversion.weights import DEMO_MODULES, DEMO_PARTS, EXPERT, Weights
 from modeling_deepseek.conversion.writer import MAX_SHARD_SIZE, Group, Output, convert, index_of, split, to_json
 from modeling_deepseek.fp8 import SCALE_SUFFIX, official_fp8_config
@@ -183,14 +184,15 @@ def from_demo(
 
     Args:
         config_file: the config.json of the model on the Hub. Of it `num_nextn_predict_layers` is set to the MTP layers that
-            the ranks hold (the demo drops them), and `quantization_config` to whether they are FP8.
+            the ranks hold (the demo drops them), and `quantization_config` to whether they are FP8. Where it has none, blocks
+            are 128 x 128, and scales as config_demo.json beside the ranks says.
 
     Raises:
         ValueError: for ranks that are missing or do not fit together, tensors that the config has no place for or misses,
             wrong scales, a config that is none of the Hub's, and as [`writer.convert`].
     """
     fields = read_hub_config(Path(config_file))
-    weights = Weights(source)
+    weights = Weights(source, fields)
     if not weights.is_demo:
         raise ValueError(f"{weights.path} has the Hub layout; expected files of ranks, model0-mp1.safetensors")
     main = family_config(fields, Path(config_file)).num_hidden_layers
@@ -199,7 +201,7 @@ def from_demo(
         fields["num_nextn_predict_layers"] = len(mtp_layers)
     check_shapes(weights.shapes, family_config(fields, Path(config_file)), weights.path, Path(config_file))
     if weights.quantized:
-        fields["quantization_config"] = fields.get("quantization_config") or official_fp8_config(None)
+        fields["quantization_config"] = fields.get("quantization_config") or official_fp8_config(demo_scale_fmt(source))
     else:
         fields.pop("quantization_config", None)
     groups = [
@@ -212,6 +214,20 @@ def from_demo(
     convert(ranks, destination, shards, last, {"command": "from-demo"}, jobs, without=[CONFIG_NAME])
 
 
+def demo_scale_fmt(folder: str | os.PathLike[str]) -> str | None:
+    """`scale_fmt` by the demo's own config, which `to_demo` writes beside the ranks; `None` where there is none."""
+    path = Path(folder) / CONFIG_NAME
+    try:
+        scale_fmt = parse_json(path.read_bytes()).get("scale_fmt") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a JSON object ({error}); expected the demo's config, or no such file"
+        ) from error
+    if scale_fmt not in SCALE_FMTS:
+        raise ValueError(f"{path}: scale_fmt is {scale_fmt!r}; expected 'ue8m0' or null")
+    return scale_fmt
+
+
 def read_group(weights: Weights, name: str) -> list[torch.Tensor]:
     return [weights.read_stored(name)]
 
@@ -219,7 +235,7 @@ def read_group(weights: Weights, name: str) -> list[torch.Tensor]:
 def read_hub_config(path: Path) -> dict[str, Any]:
     """The object in a config.json of the Hub."""
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}); expected the config.json of the model on the Hub"

@@ -43,6 +43,10 @@ def family_config(fields: dict[str, Any], source: Path | str) -> DeepseekConfig:
         raise ValueError(
             f"{source}: model_type {fields.get('model_type')!r} is not a DeepSeek family: expected one of {known}"
         ) from None
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            raise ValueError(f"{source}: {name} is {value!r}: expected a dtype of torch, such as 'bfloat16'")
     try:
         return getattr(modeling_deepseek, f"{prefix}Config").from_dict(fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -58,9 +62,18 @@ def expected_shapes(config: DeepseekConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in an official checkpoint of `config`, FP8 scales aside.
 
     The experts one by one, MTP layers with their copies of embedding and head. Built on the meta device: no memory.
+
+    Raises:
+        ValueError: for a config of which no model can be built.
     """
-    with torch.device("meta"):
-        model = causal_lm_class(config)(config)
+    try:
+        with torch.device("meta"):
+            model = causal_lm_class(config)(config)
+    except Exception as error:  # whatever a wrong field leads to
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"config.json has fields of which no model can be built ({type(error).__name__}: {reason}): download it again"
+        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()}
     vocabulary = shapes["model.embed_tokens.weight"]
     if config.tie_word_embeddings:

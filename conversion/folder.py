@@ -1,6 +1,5 @@
 """A checkpoint folder as it lies on disk: headers first, tensors when they are asked for, and all that is no weight."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -9,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from modeling_deepseek.conversion.add_code import read_config
+from modeling_deepseek.conversion.add_code import parse_json, read_config
 from modeling_deepseek.fp8 import DEFAULT_BLOCK, SCALE_SUFFIX
 from modeling_deepseek.fp8_checkpoint import FP8_DTYPES, SCALE_DTYPES, block_size_of, check_scale_values
 
@@ -139,12 +138,12 @@ class CheckpointFolder:
         """Relative name -> file of all that goes with the weights: tokenizer, generation config, licence, code.
 
         Without config.json (which a conversion rewrites), weights and pickles, and files and folders that begin with a dot.
+        Links to folders are followed, but for those that lead back to a folder they lie in.
         """
         others = {}
-        for file in sorted(self.path.rglob("*")):
+        for file in visible_files(self.path):
             name = file.relative_to(self.path)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if file.is_dir() or hidden or name.name.endswith(NOT_CARRIED) or str(name) == "config.json":
+            if name.name.endswith(NOT_CARRIED) or str(name) == "config.json":
                 continue
             if not file.is_file():
                 raise ValueError(f"{file} is a broken link or no regular file: {AGAIN}, or remove it")
@@ -152,17 +151,34 @@ class CheckpointFolder:
         return others
 
 
+def visible_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All that is no folder in `folder`, which lies in those `above`, and in its folders; nothing that begins with a dot."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from visible_files(path, (*above, real))
+        else:
+            yield path
+
+
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> file name by the index of `folder`; every file is there."""
     path = folder / INDEX
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = parse_json(path.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not an index with a weight_map ({type(error).__name__}: {error}): {AGAIN}"
         ) from error
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{path}: weight_map is not an object of tensor names and file names: {AGAIN}")
+    for name, file in weight_map.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(f"{path} puts {name} into {file}, which is not in {folder}: {AGAIN}")
     present = {file: (folder / file).is_file() for file in set(weight_map.values())}
     for name, file in weight_map.items():
         if not present[file]:
@@ -186,7 +202,7 @@ def read_headers(file: Path) -> dict[str, Header]:
                 f"{file} ({size} bytes) has a truncated or corrupt header, {length} bytes by its first 8 bytes: {AGAIN}"
             )
         try:
-            entries = json.loads(stream.read(length))
+            entries = parse_json(stream.read(length))
             entries.pop("__metadata__", None)
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{file} has a corrupt header, not a JSON object ({error}): {AGAIN}") from error
@@ -245,7 +261,7 @@ def read_pieces(header: Header, multiple: int = 1) -> Iterator[tuple[slice, torc
     Fresh memory costs a machine more than to read: this is a few megabytes, once.
     """
     if not header.nbytes or not header.shape:
-        yield slice(0, 1), read_tensor(header)
+        yield slice(0, header.shape[0] if header.shape else 1), read_tensor(header)
         return
     total = header.shape[0]
     row = header.nbytes // total

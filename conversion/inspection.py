@@ -15,6 +15,7 @@ from modeling_deepseek.checkpoint import SHARED_MTP_WEIGHTS, layer_index
 from modeling_deepseek.conversion.add_code import read_config
 from modeling_deepseek.conversion.family import expected_shapes, family_config
 from modeling_deepseek.conversion.folder import CheckpointFolder, Header, fp8_block_size
+from modeling_deepseek.conversion.weights import demo_parts, has_demo_layout, whole_header
 from modeling_deepseek.fp8 import SCALE_SUFFIX
 from modeling_deepseek.fp8_checkpoint import FP8_DTYPES
 
@@ -45,18 +46,37 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """The findings of `inspect`. Sizes in bytes, `cache` in elements per token."""
+class Stored:
+    """What the headers alone say. Sizes in bytes."""
 
     source: str
-    family: str
-    parameters: Parameters
     stored_main: int  # parameters in the files, FP8 scales aside
     stored_mtp: int
     tensors: int  # FP8 scales among them
     scales: int
     dtypes: dict[str, Share]  # largest first
     file_bytes: int
+
+    @property
+    def fp8_coverage(self) -> float:
+        """Share of the stored parameters that is FP8."""
+        quantized = sum(share.elements for dtype, share in self.dtypes.items() if dtype in FP8_DTYPES)
+        return quantized / max(self.stored_main + self.stored_mtp, 1)
+
+
+@dataclass(frozen=True)
+class Ranks(Stored):
+    """The findings of `inspect` in a folder in the demo layout that has no config.json; tensors are those of all ranks together."""
+
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Inspection(Stored):
+    """The findings of `inspect`. Sizes in bytes, `cache` in elements per token."""
+
+    family: str
+    parameters: Parameters
     cache: dict[str, int]  # this model first, then other kinds of attention with the same heads
     context: int
     batch: int
@@ -66,15 +86,11 @@ class Inspection:
     extra: list[str]
     misshapen: list[str]  # "name: (found), by the config (expected)"
 
-    @property
-    def fp8_coverage(self) -> float:
-        """Share of the stored parameters that is FP8."""
-        quantized = sum(share.elements for dtype, share in self.dtypes.items() if dtype in FP8_DTYPES)
-        return quantized / max(self.stored_main + self.stored_mtp, 1)
 
-
-def inspect(source: str | os.PathLike[str], context: int = 4096, batch: int = 1) -> Inspection:
+def inspect(source: str | os.PathLike[str], context: int = 4096, batch: int = 1) -> Inspection | Ranks:
     """Read the headers of a checkpoint in the official layout: a folder, or a Hub id where there is no such path.
+
+    A folder in the inference demo's layout, too; without a config.json beside the ranks there is less to say of it.
 
     `context` (tokens) and `batch` (sequences) are what the memory estimate is for.
 
@@ -84,6 +100,8 @@ def inspect(source: str | os.PathLike[str], context: int = 4096, batch: int = 1)
     for name, value in (("context", context), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} is {value}: expected at least 1")
+    if os.path.isdir(source) and has_demo_layout(Path(source)) and not os.path.exists(Path(source) / "config.json"):
+        return inspect_ranks(Path(source))
     fields, headers, file_bytes = read_folder(Path(source)) if os.path.exists(source) else read_hub(str(source))
     config = family_config(fields, f"{source}/config.json")
     expected = expected_shapes(config)
@@ -113,6 +131,32 @@ def inspect(source: str | os.PathLike[str], context: int = 4096, batch: int = 1)
     )
 
 
+def inspect_ranks(folder: Path) -> Ranks:
+    """Of the MTP layers, which nothing tells apart but their `eh_proj`, all tensors count as theirs."""
+    headers, file_bytes, ranks = read_ranks(folder)
+    mtp = {layer_index(name) for name in headers if name.endswith(".eh_proj.weight")}
+    stored = {name: prod(header.shape) for name, header in headers.items() if not name.endswith(SCALE_SUFFIX)}
+    stored_mtp = sum(count for name, count in stored.items() if layer_index(name) in mtp)
+    return Ranks(
+        source=str(folder),
+        stored_main=sum(stored.values()) - stored_mtp,
+        stored_mtp=stored_mtp,
+        tensors=len(headers),
+        scales=len(headers) - len(stored),
+        dtypes=shares(headers),
+        file_bytes=file_bytes,
+        ranks=ranks,
+    )
+
+
+def read_ranks(folder: Path) -> tuple[dict[str, Header], int, int]:
+    """Hub name -> header of the whole tensor in a folder in the demo layout, bytes of its files, and how many these are."""
+    checkpoint = CheckpointFolder(folder, index=False)
+    parts, dims = demo_parts(checkpoint)
+    headers = {name: whole_header(name, of_ranks, dims[name]) for name, of_ranks in parts.items()}
+    return headers, sum((folder / file).stat().st_size for file in checkpoint.shards), len(checkpoint.shards)
+
+
 def family_name(config: DeepseekConfig) -> str:
     if config.model_type == "deepseek":
         return "DeepSeekMoE" if config.n_routed_experts else "DeepSeek-LLM"
@@ -122,6 +166,8 @@ def family_name(config: DeepseekConfig) -> str:
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Header], int]:
     """Fields of config.json, tensor name -> header, and bytes of the safetensors files in `folder`."""
     fields = read_config(folder)
+    if has_demo_layout(folder):
+        return fields, *read_ranks(folder)[:2]
     checkpoint = CheckpointFolder(folder)
     return fields, checkpoint.tensors, sum((folder / file).stat().st_size for file in checkpoint.shards)
 
@@ -231,8 +277,12 @@ def compare(
     return [name for name in wanted if name not in headers], [name for name in headers if name not in wanted], misshapen
 
 
-def report(found: Inspection) -> str:
+def report(found: Inspection | Ranks) -> str:
     """The findings as aligned lines."""
+    if isinstance(found, Ranks):
+        ranks = f"{found.ranks} rank{'s' if found.ranks > 1 else ''}"
+        hint = "a config.json of the Hub beside them tells more"
+        return "\n".join([f"{found.source}: the inference demo's layout, {ranks}; {hint}", "", *stored_lines(found)])
     lines = [f"{found.source}: {found.family}", ""]
     parts = (parameter_lines(found.parameters), stored_lines(found), cache_lines(found), memory_lines(found))
     for part in parts:
@@ -253,7 +303,7 @@ def parameter_lines(counts: Parameters) -> list[str]:
     return lines
 
 
-def stored_lines(found: Inspection) -> list[str]:
+def stored_lines(found: Stored) -> list[str]:
     everything = sum(share.nbytes for share in found.dtypes.values())
     lines = [
         "stored",

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
 
 from modeling_deepseek.checkpoint import layer_index
+from modeling_deepseek.conversion.add_code import read_config
 from modeling_deepseek.conversion.family import causal_lm_class, read_family
 from modeling_deepseek.conversion.weights import Weights
 
@@ -69,7 +71,8 @@ def verify(
     """Compare the checkpoints in the folders `a` and `b`, one pair of tensors in memory at a time.
 
     FP8 is dequantised in fp32; beside a tensor that is not FP8 it is then rounded to that one's dtype, as `to-bf16` does.
-    The demo layout has no MTP layers by default: those that the other folder has are listed, not counted as a difference.
+    The demo layout says nothing about the sizes of FP8 blocks: they are those of the other folder's config.json, or 128 x 128.
+    It has no MTP layers by default: those that the other folder has are listed, not counted as a difference.
 
     Args:
         atol: how far apart two elements may be.
@@ -80,7 +83,7 @@ def verify(
     """
     if not atol >= 0:
         raise ValueError(f"atol is {atol}: expected 0 or more")
-    first, second = Weights(a), Weights(b)
+    first, second = Weights(a, config_in(b)), Weights(b, config_in(a))
     if prompt is not None:
         check_prompt(prompt, first, second)
     found = Verification(atol)
@@ -99,6 +102,11 @@ def verify(
     if prompt is not None:
         found.logits = (logits_of(first.path, prompt) - logits_of(second.path, prompt)).abs().max().item()
     return found
+
+
+def config_in(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of the config.json in `folder`; none in the demo layout."""
+    return read_config(Path(folder)) if (Path(folder) / "config.json").is_file() else {}
 
 
 def missing_from(lacking: Weights, other: Weights) -> tuple[list[str], list[str]]:
@@ -175,8 +183,10 @@ def logits_of(folder: Path, prompt: Sequence[int]) -> torch.Tensor:
     model_class = causal_lm_class(read_family(folder))
     try:
         model, loading = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not load: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a wrong field of a config leads to
+        raise ValueError(f"{folder} does not load: {str(error).partition(chr(10))[0]}") from error
     if loading["missing_keys"]:
         raise ValueError(f"{folder} lacks {', '.join(sorted(loading['missing_keys'])[:NAMED])}: no logits without them")
     return model.eval()(torch.tensor([list(prompt)]), use_cache=False).logits[0]

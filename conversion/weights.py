@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,10 @@ def hub_name(name: str) -> tuple[str, int | None]:
 class Weights:
     """The weights of the checkpoint in a folder, read one at a time.
 
+    Args:
+        config: fields of a config.json, for the sizes of FP8 blocks in the demo layout, which has no such file; the official
+            128 x 128 where they say nothing.
+
     Attributes:
         path: the folder.
         is_demo: whether it has the layout of the inference demo, `model{rank}-mp{ranks}.safetensors`.
@@ -75,10 +80,9 @@ class Weights:
             for ranks that are missing, an expert on another rank than its own, and parts that do not fit together.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any] | None = None):
         self.path = Path(path)
-        names = [file.name for file in self.path.glob("model*-mp*.safetensors")]
-        self.is_demo = any(map(RANK_FILE.fullmatch, names))
+        self.is_demo = has_demo_layout(self.path)
         folder = CheckpointFolder(self.path, index=not self.is_demo)
         if self.is_demo:
             self._parts, self._dims = demo_parts(folder)
@@ -86,7 +90,7 @@ class Weights:
             self._parts = {name: [header] for name, header in folder.tensors.items()}
             self._dims = dict.fromkeys(self._parts)
         self.headers = {name: whole_header(name, parts, self._dims[name]) for name, parts in self._parts.items()}
-        self._block_size = fp8_block_size(folder.config, self.path)
+        self._block_size = fp8_block_size(folder.config or config or {}, self.path)
         self._scales = fp8_pairs(self.headers, self._block_size)
         check_scales((scale, part) for scale in self._scales.values() for part in self._parts[scale])
         scales = set(self._scales.values())
@@ -126,6 +130,10 @@ class Weights:
                     f"{name} differs between {parts[0].file} and {other.file}; expected the same on every rank"
                 )
         return first
+
+
+def has_demo_layout(folder: Path) -> bool:
+    return any(RANK_FILE.fullmatch(file.name) for file in folder.glob("model*-mp*.safetensors"))
 
 
 def demo_parts(folder: CheckpointFolder) -> tuple[dict[str, list[Header]], dict[str, int | None]]:

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.utils import tqdm
 
+from modeling_deepseek.conversion.add_code import parse_json
 from modeling_deepseek.conversion.folder import DTYPES, INDEX, CheckpointFolder
 
 MANIFEST, LOCK = ".deepseek-convert.json", ".deepseek-convert.lock"
@@ -57,13 +58,21 @@ def split(groups: Sequence[Group], max_shard_size: int | str = MAX_SHARD_SIZE) -
     """The groups, in order, over `model.safetensors` or `model-00001-of-000NN.safetensors` of at most `max_shard_size` bytes.
 
     A group that is larger has a file of its own.
+
+    Raises:
+        ValueError: for a size that is none.
     """
-    parts = split_state_dict_into_shards_factory(
-        {str(index): group for index, group in enumerate(groups)},
-        get_storage_size=lambda group: group.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        if not float(str(max_shard_size).upper().rstrip("KMGTB ")) > 0:
+            raise ValueError("a file holds some bytes")
+        parts = split_state_dict_into_shards_factory(
+            {str(index): group for index, group in enumerate(groups)},
+            get_storage_size=lambda group: group.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"max_shard_size is {max_shard_size!r}: expected such as 500MB ({error})") from error
     return {file: [groups[int(index)] for index in indices] for file, indices in parts.filename_to_tensors.items()}
 
 
@@ -92,7 +101,8 @@ def convert(
     """Write `shards`, then the other files of `source`, then `last` (file name -> bytes: index and config) to `destination`.
 
     A file has a temporary name until it is complete and on disk. A manifest says until the end whose files these are: after
-    a kill, a full disk or an error the same call goes on with what is missing, and the result has the same bytes.
+    a kill or a full disk the same call goes on with what is missing, and the result has the same bytes. A tensor that turns out
+    to be wrong takes the whole result with it: no other call can finish it.
 
     Args:
         options: the command and all that decides about the bytes, JSON-compatible; to resume they must be the same.
@@ -101,7 +111,7 @@ def convert(
 
     Raises:
         ValueError: before anything is written, for a destination that is the source, lies in it or around it, holds anything
-            but an unfinished run of the same call, is being written to, or has no room.
+            but an unfinished run of the same call, is being written to, or has no room; and what a `compute` raises.
         OSError: when the disk is full or may not be written to; finished files stay.
     """
     destination = Path(destination)
@@ -109,17 +119,28 @@ def convert(
         raise ValueError(f"jobs is {jobs}; expected 1 or more")
     check_apart(source.path, destination)
     others = {name: file for name, file in source.other_files().items() if name not in {*shards, *last, *without}}
+    for folder in {file.parent.resolve() for file in others.values()}:  # a link in the source may lead anywhere
+        check_apart(folder, destination)
     manifest = {"options": options, "fingerprint": fingerprint(source, others, shards, last, options)}
     check_ours(destination, manifest)
     check_room(destination, unfinished(destination, shards), others)
 
+    new = not destination.exists()
     destination.mkdir(parents=True, exist_ok=True)
     with only_run(destination):
         check_ours(destination, manifest)  # another run may have ended meanwhile
         for stale in temporaries(destination):
             stale.unlink()
         write_file(destination / MANIFEST, to_json(manifest))
-        write_shards(destination, shards, unfinished(destination, shards), jobs)
+        try:
+            write_shards(destination, shards, unfinished(destination, shards), jobs)
+        except ValueError:  # of the source, which has to change before a run can end
+            for name in (*shards, LOCK, MANIFEST):
+                (destination / name).unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # somebody put a file into it
+                    destination.rmdir()
+            raise
         for name, file in others.items():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             with staged(destination / name) as copy, open(file, "rb") as original:
@@ -187,7 +208,7 @@ def check_ours(destination: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{destination} is not empty, it holds {foreign[0].name}; name an empty or a new folder")
         return
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         options, same = found["options"], found["fingerprint"] == manifest["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest of deepseek-convert ({error}); remove {destination}") from error

@@ -1,6 +1,7 @@
 """Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
 import math
+import re
 import threading
 from collections.abc import Iterator
 
@@ -197,6 +198,14 @@ class _KeepsFP8:
     ue8m0: bool  # whether activations that are rounded to FP8 get scales that are powers of two
     compute_dtype: torch.dtype = torch.float32  # of the model; PEFT gives its adapters this one, not the weight's
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """`load_state_dict` copies bytes: a plain weight would be cast to FP8 beside the scales of another."""
+        for name, held in self._parameters.items():
+            found = state_dict.get(prefix + name)
+            if found is not None and name != "bias" and found.dtype != held.dtype:
+                error_msgs.append(_other_dtype(prefix + name, state_dict.pop(prefix + name), held))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def _apply(self, fn, recurse=True):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         held = (*self._parameters.items(), *self._buffers.items())
@@ -207,6 +216,10 @@ class _KeepsFP8:
             if moved.dtype != data.dtype:
                 moved.data = data.to(moved.device)
         return self
+
+
+def _other_dtype(key: str, found: torch.Tensor, held: torch.Tensor) -> str:
+    return f"dtype mismatch for {key}: {found.dtype}, the model keeps it in {held.dtype}; call dequantize_fp8() of the model first."
 
 
 class FP8Linear(_KeepsFP8, nn.Linear):
@@ -265,6 +278,29 @@ class FP8Experts(_KeepsFP8, nn.Module):
             "up_proj": (up, scales[1]),
             "down_proj": (self.down_proj[expert], self.down_proj_scale_inv[expert]),
         }
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """`load_state_dict` takes per-expert keys as well, all of them or, from one shard of many, some: Trainer resumes so."""
+        per_expert = re.compile(re.escape(prefix) + rf"(\d+)\.((?:gate|up|down)_proj)\.weight({SCALE_SUFFIX})?")
+        found = {key: match.groups() for key in state_dict if (match := per_expert.fullmatch(key))}
+        taken = 0
+        for key, (expert, name, suffix) in found.items():
+            value = state_dict.pop(key)
+            held = self.weights_of(int(expert))[name][suffix is not None] if int(expert) < self.num_experts else None
+            if held is None or value.shape != held.shape:
+                expected = None if held is None else tuple(held.shape)
+                error_msgs.append(f"size mismatch for {key}: {tuple(value.shape)}, the model has {expected}.")
+            elif suffix is None and value.dtype != held.dtype:
+                error_msgs.append(_other_dtype(key, value, held))
+            else:
+                held.copy_(value)
+                taken += 1
+        if taken == 6 * self.num_experts:  # all that there is: none of the fused ones is missing
+            state_dict |= {
+                prefix + name: tensor.data for name, tensor in (*self._parameters.items(), *self._buffers.items())
+            }
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """All of "gate_up_proj" or "down_proj" in `dtype`."""

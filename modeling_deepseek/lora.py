@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .fp8 import FP8Experts
+from .fp8 import FP8Experts, FP8Linear
 from .moe import DeepseekExperts
 from .router import DeepseekTopkRouter
 
@@ -115,6 +115,8 @@ def name_lora_targets(model: PreTrainedModel, config) -> None:
     _leave_out_what_is_no_layer(config, modules)
     if any(isinstance(modules[parameters[path]], FP8Experts) for path in chosen | given):
         config._register_custom_module({FP8Experts: _lora_of_kept_experts()})
+    if any(isinstance(module, FP8Linear) for module in modules.values()):
+        config._register_custom_module({FP8Linear: _lora_of_kept_linear()})
 
 
 def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -280,10 +282,30 @@ def _lora_of_kept_experts() -> type[nn.Module]:
 
         def merge(self, *args, **kwargs) -> None:
             if isinstance(self.get_base_layer(), FP8Experts):
-                raise ValueError(
-                    "The experts are kept in FP8, into which an adapter does not merge: call dequantize_fp8() of the model first, "
-                    "or load it with fp8_weights='dequantize'."
-                )
+                raise ValueError("The experts are kept in FP8, " + _NO_MERGE)
             super().merge(*args, **kwargs)
 
     return ParamWrapper
+
+
+_NO_MERGE = (
+    "into which an adapter does not merge: call dequantize_fp8() of the model first, or load it with "
+    "fp8_weights='dequantize'."
+)
+
+
+@functools.cache
+def _lora_of_kept_linear() -> type[nn.Module]:
+    """PEFT's adapter of a linear layer, which says so when it cannot be merged into a weight that is kept in FP8."""
+    base = importlib.import_module("peft.tuners.lora.layer").Linear
+
+    class Linear(base):  # PEFT knows its wrappers by this name
+        def __init__(self, *args, parameter_name: str | None = None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+        def merge(self, *args, **kwargs) -> None:
+            if isinstance(self.get_base_layer(), FP8Linear):
+                raise ValueError("The weights are kept in FP8, " + _NO_MERGE)
+            super().merge(*args, **kwargs)
+
+    return Linear

@@ -35,7 +35,7 @@ from .fp8_checkpoint import dequantized_state_dict, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
 from .lora import NamesLoraTargets, name_lora_targets
 from .moe import DeepseekExperts
-from .precision import dequantize_model, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
+from .precision import dequantize_model, fp8_modules, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
 from .rope import DeepseekRotaryEmbedding
 from .router import DeepseekTopkRouter
 
@@ -207,6 +207,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         `trust_remote_code=True`, `auto_map`, and a model card if there is none. Tensors get their official keys."""
         if not getattr(self, "_hf_peft_config_loaded", False):
             model_type = type(self.config).model_type
+            if not fp8_modules(self) and getattr(self, "hf_quantizer", None) is None:
+                vars(self.config).pop("quantization_config", None)  # of the checkpoint that the config was read from
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
             state_dict = with_shared_mtp_weights(self, self.state_dict() if state_dict is None else state_dict)
             state_dict = with_official_experts(self, state_dict)

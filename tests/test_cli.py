@@ -91,16 +91,42 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("size", ["five", "5XB"])
+@pytest.mark.parametrize("size", ["five", "5XB", "infGB", "nanGB", "0GB", "-1GB"])
 def test_wrong_shard_size_is_exit_code_2(tmp_path, capsys, size):
-    assert run("to-bf16", FP8, tmp_path / "out", "--max-shard-size", size) == 2
-    assert size in capsys.readouterr().err
+    assert run("to-bf16", FP8, tmp_path / "out", f"--max-shard-size={size}") == 2
+    assert f"max_shard_size is '{size}'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_config_of_from_demo_is_exit_code_2(tmp_path, capsys):
     assert run("from-demo", DEMO / "mp1", tmp_path / "out", "--config", tmp_path / "config.json") == 2
     assert f"{tmp_path / 'config.json'}" in capsys.readouterr().err
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("config.json", DEEP, "nested too deeply"),
+        ("model.safetensors.index.json", f'{{"weight_map": {DEEP}}}', "nested too deeply"),
+        ("config.json", '{"model_type": "deepseek_v3", "torch_dtype": "foo"}', "torch_dtype is 'foo'"),
+        ("config.json", '{"model_type": "deepseek_v3", "dtype": [1]}', "dtype is [1]"),
+        (
+            "config.json",
+            '{"model_type": "deepseek_v3", "rope_theta": "x", "num_hidden_layers": 1}',
+            "no model can be built",
+        ),
+    ],
+)
+def test_odd_json_is_exit_code_2(tmp_path, capsys, file, text, named):
+    shutil.copytree(V3, tmp_path / "source")
+    (tmp_path / "source" / file).write_text(text)
+    assert run("to-demo", tmp_path / "source", tmp_path / "out", "--mp", 1) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("deepseek-convert: error: ") and file in err and named in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_runs_as_a_program(tmp_path):

@@ -14,6 +14,7 @@ from modeling_deepseek.conversion.demo import demo_config, demo_name, from_demo,
 from modeling_deepseek.conversion.family import read_family
 from modeling_deepseek.conversion.folder import CheckpointFolder
 from modeling_deepseek.conversion.quantization import to_fp8
+from modeling_deepseek.conversion.verify import verify
 from modeling_deepseek.conversion.weights import hub_name
 from modeling_deepseek.fp8 import quantize
 
@@ -105,6 +106,45 @@ def test_there_and_back_are_the_same_bits(tmp_path, wide_fp8, case, mp, with_mtp
     ours, fields = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", source))
     if with_mtp:
         assert ours == fields
+
+
+@pytest.fixture(scope="module")
+def small_blocks(tmp_path_factory):
+    """Golden b3 with blocks of 4 x 2 and scales in ue8m0."""
+    folder = tmp_path_factory.mktemp("small_blocks")
+    tensors = load_file(FP8 / "model.safetensors")
+    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn]:
+        weight, scale = quantize(tensors[name].float(), (4, 2), "ue8m0")
+        tensors |= {name: weight, f"{name}_scale_inv": scale}
+    save_file(tensors, folder / "model.safetensors")
+    fields = json.loads((FP8 / "config.json").read_text())
+    fields["quantization_config"] |= {"weight_block_size": [4, 2], "scale_fmt": "ue8m0"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+def test_blocks_of_another_size_go_there_and_back(tmp_path, small_blocks, mp):
+    to_demo(small_blocks, tmp_path / "demo", mp, with_mtp=True)
+    from_demo(tmp_path / "demo", tmp_path / "out", small_blocks / "config.json")
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(small_blocks))
+    ours, fields = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", small_blocks))
+    assert ours == fields
+    for pair in ((small_blocks, tmp_path / "demo"), (tmp_path / "demo", small_blocks)):
+        assert verify(*pair).agrees
+
+
+def test_scales_are_said_to_be_powers_of_two_where_the_demos_config_does(tmp_path, wide_fp8):
+    source = shutil.copytree(wide_fp8, tmp_path / "source")
+    fields = json.loads((source / "config.json").read_text())
+    fields["quantization_config"]["scale_fmt"] = "ue8m0"
+    (source / "config.json").write_text(json.dumps(fields))
+    to_demo(source, tmp_path / "demo", 2)
+    plain = {name: value for name, value in fields.items() if name != "quantization_config"}
+    (tmp_path / "bf16.json").write_text(json.dumps(plain))
+    from_demo(tmp_path / "demo", tmp_path / "out", tmp_path / "bf16.json")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert found == fields["quantization_config"]
 
 
 def test_scales_are_sharded_with_their_weights(tmp_path, wide_fp8):

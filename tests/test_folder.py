@@ -101,6 +101,25 @@ def test_other_files_are_all_but_weights_pickles_and_config(sharded):
     assert list(CheckpointFolder(sharded).other_files()) == ["LICENSE", "figures/a.png", "tokenizer.json"]
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(sharded, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for folder in (sharded / "assets" / "deep", elsewhere / "inner"):
+        folder.mkdir(parents=True)
+    (sharded / "assets" / "deep" / "a.txt").write_text("a")
+    (elsewhere / "inner" / "b.txt").write_text("b")
+    for link, target in {
+        "linked": elsewhere,
+        "assets/deep/top": sharded,
+        "assets/self": ".",
+        "twice": "assets",
+    }.items():
+        (sharded / link).symlink_to(target)
+    (elsewhere / "inner" / "back").symlink_to(elsewhere)
+    others = CheckpointFolder(sharded).other_files()
+    assert list(others) == ["assets/deep/a.txt", "linked/inner/b.txt", "twice/deep/a.txt"]
+    assert others["linked/inner/b.txt"].read_text() == "b"
+
+
 def test_broken_link_among_the_other_files_is_named(sharded):
     (sharded / "tokenizer.json").symlink_to("gone")
     with pytest.raises(ValueError, match=r"tokenizer\.json is a broken link"):
@@ -178,6 +197,7 @@ def test_tensor_in_two_shards_is_named_with_both(tmp_path):
             r"puts z into b\.safetensors, which does not",
         ),
         ([], "weight_map is not an object"),
+        ({"x": "../a.safetensors", "y": "b.safetensors"}, r"puts x into \.\./a\.safetensors, which is not in "),
     ],
 )
 def test_index_that_disagrees_with_the_files_is_an_error(sharded, weight_map, message):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import modeling_deepseek
 from hub_server import Blob, HubServer, Repo
 from modeling_deepseek.conversion.cli import main
+from modeling_deepseek.conversion.demo import to_demo
 from modeling_deepseek.conversion.family import causal_lm_class, expected_shapes, read_family
 from modeling_deepseek.conversion.inspection import cache_elements, count_parameters, inspect, report
 from sparse import sparse_checkpoint
@@ -266,3 +267,25 @@ def test_command_prints_the_report(capsys):
 def test_command_reports_a_bad_folder(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"deepseek-convert: error: {tmp_path} has no config.json")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_the_demo_tell_what_their_headers_know(tmp_path, capsys, ranks):
+    folder, whole = GOLDENS / "h_inference_demo" / f"mp{ranks}", inspect(GOLDENS / "a_v3_fp32")
+    found = inspect(folder)
+    assert (found.ranks, found.stored_main, found.stored_mtp) == (ranks, whole.stored_main, 0)
+    assert found.file_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    to_demo(GOLDENS / "b3_v3_fp8_576", tmp_path / "fp8", 1, with_mtp=True)
+    quantised, whole = inspect(tmp_path / "fp8"), inspect(GOLDENS / "b3_v3_fp8_576")
+    for name in ("stored_main", "stored_mtp", "tensors", "scales", "fp8_coverage"):
+        assert getattr(quantised, name) == getattr(whole, name), name
+    assert main(["inspect", str(folder)]) == 0
+    assert f"the inference demo's layout, {ranks} rank" in capsys.readouterr().out
+
+
+def test_ranks_beside_a_config_are_inspected_as_a_whole(tmp_path):
+    to_demo(GOLDENS / "b3_v3_fp8_576", tmp_path / "demo", 1, with_mtp=True)
+    (tmp_path / "demo" / "config.json").write_bytes((GOLDENS / "b3_v3_fp8_576" / "config.json").read_bytes())
+    found, whole = inspect(tmp_path / "demo"), inspect(GOLDENS / "b3_v3_fp8_576")
+    assert not found.missing + found.extra + found.misshapen
+    assert (found.parameters, found.dtypes) == (whole.parameters, whole.dtypes)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import register_parametrization
+from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Native
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
@@ -220,17 +221,79 @@ def test_adapters_on_kept_experts_are_switched_off_saved_and_merged(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS).logits, adapted, rtol=0, atol=1e-3)
 
 
-def test_after_adapters_are_merged_native_transformers_reads_the_result(tmp_path):
-    model = load("keep", dtype=torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(target_modules=["q_b_proj", "o_proj"], init_lora_weights=False))
-    model.base_model.model.dequantize_fp8()
+@pytest.mark.parametrize("fp8_weights", ["dequantize", "keep"])
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, DeepseekV3ForCausalLM])
+def test_the_folder_of_an_adapter_loads_with_the_fp8_model_that_it_names(tmp_path, model_class, fp8_weights):
+    config = LoraConfig(target_modules=["o_proj", "gate_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(load("keep"), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = load(fp8_weights, tmp_path, model_class=model_class)
+    assert any(isinstance(module, FP8Experts) for module in loaded.modules()) == (fp8_weights == "keep")
+    torch.testing.assert_close(loaded(IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_learned_on_kept_weights_merge_into_what_native_transformers_reads(tmp_path, dtype):
+    model = load("keep", dtype=dtype)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_alpha=64)).train()
+    before = model(input_ids=IDS, labels=IDS).loss.item()
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model(input_ids=IDS, labels=IDS).loss.item() < before - 0.1
+    adapted = model.eval()(input_ids=IDS).logits
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="kept in FP8, into which an adapter does not merge.*dequantize_fp8"):
+            merge()
+    model.dequantize_fp8()
     merged = model.merge_and_unload()
     assert not any(isinstance(module, (FP8Linear, FP8Experts)) for module in merged.modules())
     merged.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in fields
+    assert fields["dtype"] == str(dtype).removeprefix("torch.")
     native = Native.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ours = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(ours(IDS).logits, native(IDS).logits, rtol=0, atol=2e-4)
+    if dtype == torch.float32:
+        torch.testing.assert_close(native(IDS).logits, adapted, rtol=0, atol=1e-3)
+
+
+def test_a_new_model_of_an_fp8_config_is_saved_as_the_plain_one_that_it_is(tmp_path):
+    model = DeepseekV3ForCausalLM(DeepseekV3Config.from_pretrained(FP8))
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    native = Native.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(native(IDS).logits, model.eval()(IDS).logits, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_load_state_dict_takes_fp8_with_official_keys(shards):
+    fresh, kept = load("keep"), load("keep")
+    for name, tensor in fresh.state_dict().items():
+        if "_proj" in name:
+            tensor.view(torch.uint8).zero_()
+    official = list(load_file(FP8 / "model.safetensors").items())
+    for shard in range(shards):
+        result = fresh.load_state_dict(dict(official[shard::shards]), strict=False)
+        assert not [key for key in result.unexpected_keys if "_proj" in key]
+        assert shards > 1 or not result.missing_keys
+    for name, tensor in kept.state_dict().items():
+        assert same_bytes(fresh.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("path", ["mlp.experts.3.up_proj", "self_attn.o_proj"])
+def test_load_state_dict_into_fp8_names_what_does_not_fit(path):
+    kept, name = load("keep"), f"model.layers.1.{path}.weight"
+    plain = load_file(FP8 / "model.safetensors")[name].bfloat16()
+    with pytest.raises(RuntimeError, match=f"dtype mismatch for {name}: torch.bfloat16, .*dequantize_fp8"):
+        kept.load_state_dict({name: plain}, strict=False)
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        kept.load_state_dict({name: torch.zeros(3, 3).to(torch.float8_e4m3fn)}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch for .*experts.99.up_proj.weight"):
+        kept.load_state_dict({"model.layers.1.mlp.experts.99.up_proj.weight": plain}, strict=False)
 
 
 def test_dequantising_in_place_gives_the_dequantised_model(dequantized):

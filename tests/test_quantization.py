@@ -100,6 +100,16 @@ def test_bf16_checkpoint_has_the_logits_of_the_fp8_one(tmp_path):
     assert torch.equal(ours(tokens).logits, expected(tokens).logits)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (300, 0), (0, 0)])
+def test_weights_without_elements_go_along(tmp_path, copy, shape):
+    weight, scale = quantize(torch.ones(shape))
+    to_bf16(copy(**{W: weight, S: scale, "x": torch.ones(2)}), tmp_path / "bf16")
+    to_fp8(tmp_path / "bf16", tmp_path / "fp8")
+    assert load_file(tmp_path / "bf16" / "model.safetensors")[W].shape == shape
+    back = load_file(tmp_path / "fp8" / "model.safetensors")
+    assert (back[W].shape, back[S].shape) == (shape, scale.shape)
+
+
 @given(SIZES, SIZES, st.booleans(), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_fp8_is_that_of_the_definition(rows, columns, ue8m0, seed):
@@ -189,12 +199,15 @@ def test_checkpoint_without_config_is_refused(tmp_path, copy):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_weight_that_is_not_finite_is_named_and_leaves_no_shard(tmp_path, value):
-    source = shutil.copytree(FP32, tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
-    tensors[W][2, 3] = value
+@pytest.mark.parametrize(("value", "dtype"), [(torch.inf, torch.float32), (torch.nan, torch.bfloat16)])
+def test_weight_that_is_not_finite_is_named_and_leaves_nothing(tmp_path, value, dtype):
+    source, last = shutil.copytree(FP32, tmp_path / "source"), "model.layers.3.self_attn.o_proj.weight"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    tensors[last][2, 3] = value
     save_file(tensors, source / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"model\.safetensors: rows 0 to 79 of {W}: holds {value}"):
-        to_fp8(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    (tmp_path / "empty").mkdir()
+    for out in ("out", "empty"):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: rows 0 to 47 of {last}: holds {value}"):
+            to_fp8(source, tmp_path / out, max_shard_size="20KB")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "empty").iterdir())

@@ -132,9 +132,20 @@ def test_hub_snapshot_is_followed_for_reading_and_the_result_has_no_links(source
     to_bf16(tmp_path / "snapshot", tmp_path / "linked")
     to_bf16(source.path, tmp_path / "plain")
     assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
-    plain = contents(tmp_path / "plain")
-    assert contents(tmp_path / "linked") == {name: data for name, data in plain.items() if "/" not in name}
+    assert contents(tmp_path / "linked") == contents(tmp_path / "plain")
     assert contents(source.path) == before
+
+
+def test_linked_folders_go_along_as_folders_and_nothing_is_written_through_them(source, tmp_path, shards):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "figure.svg").write_text("<svg/>")
+    (source.path / "figures").symlink_to(tmp_path / "assets")
+    run(source, tmp_path / "out", shards)
+    assert not (tmp_path / "out" / "figures").is_symlink()
+    assert contents(tmp_path / "out")["figures/figure.svg"] == b"<svg/>"
+    with pytest.raises(ValueError, match="is, contains or lies in the source .*assets"):
+        run(source, tmp_path / "assets" / "out", shards)
+    assert contents(tmp_path / "assets") == {"figure.svg": b"<svg/>"}
 
 
 def test_threads_and_one_after_another_give_the_same_bytes(source, tmp_path, shards):
