@@ -372,6 +372,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 if name in neighbour:
                     setattr(layer, name, neighbour[name])
             layers.append(layer)
+        for model in (self, self.model):
+            model._no_split_modules.add(DeepseekMTPLayer.__name__)
         self.config.num_nextn_predict_layers += num_layers
 
     @staticmethod
