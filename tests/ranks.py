@@ -3,6 +3,8 @@
 python -m torch.distributed.run --nproc-per-node 2 tests/ranks.py FOLDER RUN...
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -56,6 +58,14 @@ class Seen(TrainerCallback):
     on_evaluate = on_step_end
 
 
+class Killed(TrainerCallback):
+    """Ends the process in the third step, as the machine would."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def adapted(model):
     return get_peft_model(model, LoraConfig(r=4, **lora_targets("all")))
 
@@ -66,29 +76,34 @@ KINDS = {
     "v2": dict(fields=dict(family="v2", **BALANCE)),
     "lora": dict(fields=V3 | BALANCE, wrap=adapted, bias=True),
 }
-RUNS = [*KINDS, *(f"fsdp {kind}" for kind in KINDS)]
+RUNS = [*KINDS, "fsdp v3", "fsdp v2"]
 
 
-def run(name: str, folder: Path, ranks: int, steps: int = STEPS, resume: Path | None = None, **options) -> dict:
+def run(
+    name: str, folder: Path, ranks: int, *callbacks: TrainerCallback, resume: Path | None = None, **options
+) -> dict:
     """What came of the run `name` on one of `ranks` processes; every one of them has the same steps of `STEP` sequences."""
     settings = KINDS[name.removeprefix("fsdp ")]
     model = tiny_model(settings["fields"]["family"], **{k: v for k, v in settings["fields"].items() if k != "family"})
     model = settings.get("wrap", lambda model: model)(model)
-    accumulation, callbacks = settings.get("accumulation", 1), [Seen()]
+    accumulation, callbacks = settings.get("accumulation", 1), [*callbacks, Seen()]
+    if name == "fsdp v3":
+        accumulation = 2
     if settings.get("bias"):
         callbacks.insert(0, RouterBiasCallback(0.01))
     if name == "v3":
         callbacks.insert(1, EMACallback(0.9))
     arguments = TrainingArguments(
         str(folder),
-        max_steps=steps,
+        max_steps=STEPS,
         per_device_train_batch_size=STEP // ranks // accumulation,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
+        save_strategy="steps" if "v3" in name else "no",
         save_steps=2,
-        eval_strategy="steps",
+        eval_strategy="steps" if "v3" in name else "no",
         eval_steps=2,
         report_to="none",
         use_cpu=True,
@@ -127,11 +142,13 @@ def allow_fsdp_on_cpu() -> None:
 
 def main(folder: Path, names: list[str]) -> None:
     logging.set_verbosity_error()
+    if names == ["killed"]:
+        run("v3", folder, 1, Killed())
     allow_fsdp_on_cpu()
     found = {}
     for name in names:
         options = dict(fsdp=True, fsdp_config={"version": 2}) if name.startswith("fsdp") else {}
-        found[name] = run(name, folder / name, ranks=2, **options)
+        found[name] = run(name, folder / name, 2, **options)
         if name == "fsdp v3":
             found["fsdp v3 resumed"] = run(name, folder / name, 2, resume=folder / name / "checkpoint-2", **options)
         for state in (AcceleratorState, PartialState, GradientState):
