@@ -57,7 +57,8 @@ class ExpertLoad:
         def count(router: torch.nn.Module, inputs: tuple, output: tuple) -> None:
             if not self.counting:
                 return
-            chosen = output[2][seen_tokens(self.ids, inputs[0].shape[1], router.depth)]
+            depth = getattr(router, "depth", 0)  # routers of other classes are in main layers
+            chosen = output[2][seen_tokens(self.ids, inputs[0].shape[1], depth)]
             self.counts[name] += torch.bincount(chosen.flatten(), minlength=router.num_experts)
 
         return count
