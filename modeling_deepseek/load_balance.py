@@ -5,6 +5,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .balance import seen_tokens, sequence_ids
+
 
 def routers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Name -> router of every MoE layer, found by what it has: classes loaded as remote code are others than ours."""
@@ -23,13 +25,14 @@ def drops(router: torch.nn.Module) -> bool:
 class ExpertLoad:
     """Counts how often each router of `model` chose each expert, in forward passes in training mode.
 
-    Padding is left out. What gradient checkpointing computes again in the backward pass is outside of the model's forward and not
-    counted twice. Since the last `reset`, `counts`: name of the router -> `[E]`, and `dropped`: name -> how many of these visits
-    `moe_capacity_factor` dropped, whose gate is 0. `detach` ends it.
+    Padding is left out, and what an MTP layer reads beyond the end of a sequence. What gradient checkpointing computes again in
+    the backward pass is outside of the model's forward and not counted twice. Since the last `reset`, `counts`: name of the
+    router -> `[E]`, and `dropped`: name -> how many of these visits `moe_capacity_factor` dropped, whose gate is 0. `detach`
+    ends it.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self.routers, self.counting, self.mask = routers_of(model), False, None
+        self.routers, self.counting, self.ids = routers_of(model), False, None
         self.counts: dict[str, torch.Tensor] = {}
         self.dropped: dict[str, torch.Tensor] = {}
         self.reset()
@@ -49,9 +52,11 @@ class ExpertLoad:
         for hook in self.hooks:
             hook.remove()
 
-    def _begin(self, model: torch.nn.Module, _args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask")
-        self.counting, self.mask = model.training, mask if mask is not None and mask.ndim == 2 else None
+    def _begin(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        self.counting = model.training
+        texts = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        like = next(text for text in texts if text is not None)
+        self.ids = sequence_ids(like, kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
     def _end(self, *_call) -> None:
         self.counting = False
@@ -60,10 +65,9 @@ class ExpertLoad:
         def count(router: torch.nn.Module, inputs: tuple, output: tuple) -> None:
             if not self.counting:
                 return
-            (_, gates, chosen), (batch, width) = output, inputs[0].shape[:2]
-            if self.mask is not None:  # an MTP layer reads fewer tokens, from the first on
-                seen = self.mask[:batch, :width].flatten().bool()
-                gates, chosen = gates[seen], chosen[seen]
+            depth = getattr(router, "depth", 0)  # routers of other classes are in main layers
+            seen = seen_tokens(self.ids, inputs[0].shape[1], depth)
+            gates, chosen = output[1][seen], output[2][seen]
             self.counts[name] += torch.bincount(chosen.flatten(), minlength=router.num_experts)
             if drops(router):
                 self.dropped[name] += (gates == 0).sum()

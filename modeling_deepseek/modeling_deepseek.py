@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .balance import Routing, new_routing, share_of_step
+from .balance import Routing, new_routing, share_of_step, targets_of
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
@@ -258,7 +258,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if routing is not None:
             if any(factors):
                 groups = (self.config.n_group or 1, self.config.topk_group or self.config.n_group or 1)
-                parts = routing.losses(self.config.seq_aux, *groups)
+                targets = None if labels is None else targets_of(labels, **kwargs)
+                parts = routing.losses(self.config.seq_aux, *groups, targets)
                 aux_loss = (parts * parts.new_tensor(factors)).sum()
             routing.close()
             if aux_loss is not None and loss is not None:
@@ -371,6 +372,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 if name in neighbour:
                     setattr(layer, name, neighbour[name])
             layers.append(layer)
+        for model in (self, self.model):
+            model._no_split_modules.add(DeepseekMTPLayer.__name__)
         self.config.num_nextn_predict_layers += num_layers
 
     @staticmethod

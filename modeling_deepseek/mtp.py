@@ -28,6 +28,8 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        if config.is_moe_layer(layer_idx):
+            self.mlp.gate.depth = layer_idx - config.num_hidden_layers + 1
         self.enorm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)

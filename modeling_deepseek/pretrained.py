@@ -99,7 +99,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             init.copy_(module.original_inv_freq, inv_freq)
 
     def post_init(self) -> None:
-        """Keeps of the parallel plans and the fp32 list what this model has: LLM has no experts, V2-Lite no `q_b_proj`."""
+        """Keeps of the parallel plans and other lists what this model has: LLM has no experts, V2-Lite no `q_b_proj`."""
         super().post_init()
         modules, parameters, buffers = self.named_modules(), self.named_parameters(), self.named_buffers()
         names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*modules, *parameters, *buffers)}
@@ -107,6 +107,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         self._ep_plan = {pattern: style for pattern, style in self._ep_plan.items() if pattern in names}
         fp32 = self._keep_in_fp32_modules_strict
         self._keep_in_fp32_modules_strict = {kept for kept in fp32 if any(name.endswith(kept) for name in names)}
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}  # FSDP looks for each of them
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):

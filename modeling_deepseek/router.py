@@ -80,6 +80,7 @@ class DeepseekTopkRouter(nn.Module):
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
         self.capacity_factor = config.moe_capacity_factor
+        self.depth = 0  # of the MTP layer that it is in, 0 in the main ones
         self.routing: Routing | None = None  # of the forward pass that a training model is in
 
     def _apply(self, fn, recurse=True):
@@ -104,10 +105,10 @@ class DeepseekTopkRouter(nn.Module):
         )
         if self.routing is not None and self.training:
             batch = hidden_states.shape[:-1]
-            self.routing.collect(scores.view(*batch, -1), chosen.view(*batch, -1))
+            self.routing.collect(scores.view(*batch, -1), chosen.view(*batch, -1), self.depth)
             if self.routing.protected is not None:
                 protected = self.routing.protected[:, None].expand(batch).flatten()
-                seen = self.routing.seen(batch[1])
+                seen = self.routing.seen(batch[1], self.depth)
                 stay = torch.ones_like(chosen, dtype=torch.bool)
                 stay[seen] = within_capacity(
                     scores.detach()[seen], chosen[seen], protected[seen], self.n_group, self.capacity_factor
