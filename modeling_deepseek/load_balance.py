@@ -16,7 +16,7 @@ def routers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 class ExpertLoad:
-    """Counts how often each router of `model` chose each expert, in forward passes in training mode.
+    """Counts how often each router of `model` chose each expert, in forward passes that train.
 
     Padding is left out. What gradient checkpointing computes again in the backward pass is outside of the model's forward and not
     counted twice. `counts`: name of the router -> `[E]` since the last `reset`; `detach` ends it.
@@ -43,7 +43,8 @@ class ExpertLoad:
 
     def _begin(self, model: torch.nn.Module, _args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")
-        self.counting, self.mask = model.training, mask if mask is not None and mask.ndim == 2 else None
+        self.counting = model.training and torch.is_grad_enabled()  # rollouts of TRL are in training mode, too
+        self.mask = mask if mask is not None and mask.ndim == 2 else None
 
     def _end(self, *_call) -> None:
         self.counting = False
