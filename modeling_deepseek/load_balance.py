@@ -23,7 +23,7 @@ def drops(router: torch.nn.Module) -> bool:
 
 
 class ExpertLoad:
-    """Counts how often each router of `model` chose each expert, in forward passes in training mode.
+    """Counts how often each router of `model` chose each expert, in forward passes that train.
 
     Padding is left out, and what an MTP layer reads beyond the end of a sequence. What gradient checkpointing computes again in
     the backward pass is outside of the model's forward and not counted twice. Since the last `reset`, `counts`: name of the
@@ -53,7 +53,7 @@ class ExpertLoad:
             hook.remove()
 
     def _begin(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        self.counting = model.training
+        self.counting = model.training and torch.is_grad_enabled()  # rollouts of TRL are in training mode, too
         texts = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         like = next(text for text in texts if text is not None)
         self.ids = sequence_ids(like, kwargs.get("attention_mask"), kwargs.get("position_ids"))

@@ -90,9 +90,19 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        under_head: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """Arguments as in every decoder of transformers; `last_hidden_state` `[B, S, d]` is behind the final norm."""
+        """Arguments as in every decoder of transformers; `last_hidden_state` `[B, S, d]` is behind the final norm.
+
+        `under_head`: the caller is a causal model, which sees to the MTP layers and balance losses itself.
+        """
+        if not under_head and self._leaves_losses_out():
+            logger.warning_once(
+                "This forward in training mode ends at the decoder, as in TRL's trainers: MTP layers are not trained and balance "
+                "losses not added, as forward(labels=...) of the causal model does. For SFTTrainer, training.ModelLossMixin of "
+                "modeling_deepseek does the same; config.mtp_loss_weight = 0 and balance factors of 0 say that this is meant."
+            )
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -161,6 +171,18 @@ class DeepseekModel(DeepseekPreTrainedModel):
             depths.append(hidden_states)
         return depths
 
+    def _leaves_losses_out(self) -> bool:
+        """Whether a loss that is made of `last_hidden_state` alone lacks what the config asks for."""
+        balance = self.training and torch.is_grad_enabled() and any(self.config.balance_factors)
+        return balance or self._mtp_is_left_untrained()
+
+    def _mtp_is_left_untrained(self) -> bool:
+        """Whether a forward in training mode without labels passes over MTP layers that are meant to learn."""
+        if not (self.training and torch.is_grad_enabled() and self.config.mtp_loss_weight):
+            return False
+        layers = self.layers[self.config.num_hidden_layers :]
+        return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
     def _warn_beyond_positions(self, length: int, position_ids: torch.Tensor | None) -> None:
         limit = self.config.max_position_embeddings
         if length > limit and (position_ids is None or position_ids.max() >= limit):
@@ -211,7 +233,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         """
         weight = self.config.mtp_loss_weight if self.training and labels is not None else 0
         mtp = self.config.num_nextn_predict_layers > 0 and (weight > 0 or output_mtp_logits)
-        if weight == 0 and self._mtp_is_left_untrained():
+        if weight == 0 and self.model._mtp_is_left_untrained():
             logger.warning_once(
                 "The MTP layers are trained by forward(labels=...), and this forward in training mode has none, as under Trainer's "
                 "label_smoothing_factor and compute_loss_func: they stay as they are. config.mtp_loss_weight = 0 says that this "
@@ -225,7 +247,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             )
         factors, routing = self.config.balance_factors, None
         if self.training:
-            if any(factors) or (self.config.n_routed_experts and self.config.moe_capacity_factor):
+            drops = self.config.n_routed_experts and self.config.moe_capacity_factor and past_key_values is None
+            if any(factors) or drops:  # with a cache it is a rollout in training mode, as TRL makes them
                 like = input_ids if inputs_embeds is None else inputs_embeds
                 routing = new_routing(self.config, like, attention_mask, position_ids)
             self._share(routing)
@@ -236,6 +259,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            under_head=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -291,13 +315,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         for module in self.model.modules():
             if isinstance(module, DeepseekTopkRouter):
                 module.routing = routing
-
-    def _mtp_is_left_untrained(self) -> bool:
-        """Whether a forward in training mode without labels passes over MTP layers that are meant to learn."""
-        if not (self.training and torch.is_grad_enabled() and self.config.mtp_loss_weight):
-            return False
-        layers = self.model.layers[self.config.num_hidden_layers :]
-        return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
     def _mtp_loss(
         self,

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from .ema import EMACallback, ema_weights
 from .load_balance import ExpertLoadCallback, RouterBiasCallback, expert_load, plot_expert_load
@@ -120,12 +120,27 @@ class LossPartsCallback(TrainerCallback):
         self.sums = self.aux = None
 
 
+class ModelLossMixin:
+    """In front of TRL's `SFTTrainer`, makes the loss the model's own, with the MTP and balance losses that are part of it.
+
+        class ChatTrainer(ModelLossMixin, SFTTrainer): ...
+
+    TRL computes its loss from the decoder's states alone. Packing, padding-free batches and assistant masks work as there;
+    its metrics (entropy, token accuracy) are not logged, and the logits of all tokens are made.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["use_cache"] = False
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
 __all__ = [
     "BatchRampTrainer",
     "EMACallback",
     "ExpertLoadCallback",
     "LossPartsCallback",
     "MTPLossWeightCallback",
+    "ModelLossMixin",
     "RouterBiasCallback",
     "batch_size_ramp",
     "ema_weights",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_deepseek.balance import balance_losses, within_capacity
+from modeling_deepseek.cache import LatentCache
 from modeling_deepseek.router import router_scores
 from tiny import tiny_config, tiny_model, tiny_tokens
 
@@ -195,3 +196,14 @@ WRONG = {
 def test_factors_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config("v2", **fields)
+
+
+@torch.no_grad()
+def test_a_rollout_in_training_mode_drops_nothing():
+    """TRL's GRPO generates without leaving training mode."""
+    model = tiny_model("v2", moe_capacity_factor=0.1)
+    ids = torch.randint(3, 97, (4, 12))
+    expected = model(ids, use_cache=True).logits
+    model.train()
+    torch.testing.assert_close(model(ids, past_key_values=LatentCache(model.config)).logits, expected)
+    assert not torch.allclose(model(ids, use_cache=False).logits, expected)
