@@ -367,9 +367,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         for _ in range(num_layers):
             layer = DeepseekMTPLayer(self.config, len(layers)).to(like.device, like.dtype).train(self.training)
             layer.apply(self._init_weights)
-            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func", "recompute"):
                 if name in neighbour:
                     setattr(layer, name, neighbour[name])
+            layer.self_attn.recompute = layer.recompute
             layers.append(layer)
         self.config.num_nextn_predict_layers += num_layers
 

@@ -23,6 +23,7 @@ LAYERS = {
     "rope": 0,
     "cache": 0,
     "balance": 0,
+    "recompute": 0,
     "router": 1,
     "masking": 0,
     "ragged": 0,
