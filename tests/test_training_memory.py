@@ -9,7 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from modeling_deepseek import loss
 from modeling_deepseek.load_balance import ExpertLoad
 from test_training import trained
 from tiny import tiny_model, tiny_tokens
@@ -22,14 +24,16 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sizes = {}
+        self.sizes, self.made = {}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self.sizes or self.sizes[storage._cdata][0].expired():
+                    self.sizes[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self.made.append((func, storage.nbytes()))
         return result
 
     def bytes(self) -> int:
@@ -187,3 +191,99 @@ def test_the_mode_is_that_of_the_last_call():
 def test_modes_that_are_none_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_model("v3").gradient_checkpointing_enable(options)
+
+
+# --- the loss -----------------------------------------------------------------------------------------------------------
+
+LABELS = torch.randint(97, (3, 11), generator=torch.Generator().manual_seed(1))
+LABELS[0, :4], LABELS[2, 7:] = -100, -100
+CASES = {
+    "mean": (LABELS, {}),
+    "items": (LABELS, dict(num_items_in_batch=torch.tensor(40))),
+    "items as a number": (LABELS, dict(num_items_in_batch=40)),
+    "other index": (LABELS.masked_fill(LABELS == -100, 5), dict(ignore_index=5)),
+    "shifted labels": (None, dict(shift_labels=LABELS, num_items_in_batch=7)),
+    "arguments of others": (LABELS, dict(some_keyword=1)),
+}
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    monkeypatch.setattr(loss, "LOSS_PIECE_CPU", 97 * 4)  # 4 of 33 rows
+    monkeypatch.setattr(loss, "LOSS_ROWS", 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("labels", "options"), CASES.values(), ids=CASES)
+def test_the_loss_is_that_of_transformers(labels, options, dtype, pieces):
+    logits = (5 * torch.randn(3, 11, 97)).to(dtype)
+    found = []
+    for function in (ForCausalLMLoss, loss.causal_lm_loss):
+        own = logits.clone().requires_grad_()
+        value = function(own, labels, 97, **options)
+        (3 * value).backward()
+        found.append((value.detach(), own.grad))
+    assert found[1][0].dtype == torch.float32
+    assert found[1][1].dtype == dtype
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
+    one_ulp = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=one_ulp, atol=1e-8)
+
+
+def test_a_batch_without_targets_has_the_loss_of_transformers():
+    logits, labels = torch.randn(1, 5, 97), torch.full((1, 5), -100)
+    assert ForCausalLMLoss(logits, labels, 97).isnan()
+    assert loss.causal_lm_loss(logits, labels, 97).isnan()
+    assert loss.causal_lm_loss(logits, labels, 97, num_items_in_batch=3) == 0
+
+
+def test_a_label_outside_of_the_vocabulary_is_an_error():
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        loss.causal_lm_loss(torch.randn(1, 5, 97), torch.full((1, 5), 97), 97)
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_items_in_batch=31), dict(ignore_index=7)], ids=str)
+def test_without_training_logits_loss_and_gradients_are_the_same(options, pieces):
+    model = tiny_model("v3", num_nextn_predict_layers=1, **BALANCED)
+    expected = step(model, **options)
+    other = tiny_model("v3", num_nextn_predict_layers=1, training_logits=False, **BALANCED)
+    assert_same(step(other, **options), expected, rtol=1e-5, atol=1e-6)
+    ids = tiny_tokens(model.config)
+    assert other(ids, labels=ids).logits is None
+    assert other(ids).logits.shape == other.eval()(ids, labels=ids).logits.shape == (2, 10, 97)
+
+
+def test_a_loss_function_that_was_set_is_called(monkeypatch):
+    asked = []
+
+    def ours(logits, labels, **kwargs):
+        asked.append(logits)
+        return logits.float().square().mean()
+
+    model = tiny_model("v3").train()
+    ids = tiny_tokens(model.config)
+    assert model.loss_function is loss.causal_lm_loss
+    monkeypatch.setitem(LOSS_MAPPING, "ForCausalLM", ours)
+    output = model(ids, labels=ids, use_cache=False)
+    assert asked[-1] is output.logits
+    monkeypatch.undo()
+    model.loss_function = ForCausalLMLoss
+    assert model.loss_function is ForCausalLMLoss
+    model.loss_function = ours
+    output = model(ids, labels=ids, use_cache=False)
+    assert asked[-1] is output.logits
+    assert output.loss == output.logits.square().mean()
+    model.config.training_logits = False
+    model(ids, labels=ids, use_cache=False)
+    assert asked[-1].shape == (20, 97)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_never_all_there_in_fp32(dtype, pieces):
+    logits = torch.randn(40, 97).to(dtype).requires_grad_()
+    with LiveMemory() as memory:
+        loss.causal_lm_loss(logits, None, 97, shift_labels=torch.ones(40, dtype=torch.long)).backward()
+    sizes = [size for _, size in memory.made if size >= 2 * logits.numel()]
+    assert sizes == [logits.nbytes] * 2  # the logits themselves, in a view, and their gradient
+    memory = step(tiny_model("v3", training_logits=False))[2]
+    assert step(tiny_model("v3"))[2] - memory > 48 * 97 * 4 * 0.7
