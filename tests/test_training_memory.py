@@ -1,12 +1,16 @@
 """What training keeps in memory: selective recomputation, the loss in pieces, and gradients of experts without tokens."""
 
 import copy
+import socket
 from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -287,3 +291,82 @@ def test_logits_are_never_all_there_in_fp32(dtype, pieces):
     assert sizes == [logits.nbytes] * 2  # the logits themselves, in a view, and their gradient
     memory = step(tiny_model("v3", training_logits=False))[2]
     assert step(tiny_model("v3"))[2] - memory > 48 * 97 * 4 * 0.7
+
+
+# --- experts without tokens -----------------------------------------------------------------------------------------------
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+LORA_EXPERTS = dict(target_modules=["experts.gate_proj", "experts.up_proj", "experts.down_proj"])
+
+
+def without_gradient(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("case", ["idle", "dropped", "adapters"])
+def test_every_parameter_has_a_gradient_when_most_experts_are_idle(case, implementation):
+    model = tiny_model("v3", num_nextn_predict_layers=2, moe_capacity_factor=0.01 if case == "dropped" else None)
+    model.set_experts_implementation(implementation)
+    if case == "adapters":
+        model = get_peft_model(model, LoraConfig(r=2, **LORA_EXPERTS))
+    model.train()
+    load = ExpertLoad(model)
+    ids = tiny_tokens(model.config, 1, 2)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all((counts == 0).sum() >= 2 for counts in load.counts.values())
+    assert without_gradient(model) == []
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_weights_have_gradients_when_no_expert_of_a_layer_has_a_token(tokens, implementation):
+    experts = tiny_model("v3").train().model.layers[1].mlp.experts
+    experts.config._experts_implementation = implementation
+    served_elsewhere = 8 if implementation == "eager" else 0  # which the others know under expert parallelism only
+    chosen = torch.full((tokens, 3), served_elsewhere)
+    experts(torch.randn(tokens, 48), chosen, torch.zeros(tokens, 3)).sum().backward()
+    assert not experts.gate_up_proj.grad.any()
+    assert not experts.down_proj.grad.any()
+
+
+def test_adapters_have_gradients_when_no_expert_kept_in_fp8_has_a_token():
+    model = tiny_model("v3")
+    model.quantize_fp8()
+    model = get_peft_model(model, LoraConfig(r=2, **LORA_EXPERTS))
+    experts = model.base_model.model.model.layers[1].mlp.experts
+    experts(torch.randn(4, 48), torch.full((4, 3), 8), torch.zeros(4, 3)).sum().backward()
+    assert without_gradient(experts) == []
+
+
+def rank(number: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    found = {}
+    for implementation in ("eager", "grouped_mm"):
+        model = tiny_model("v3", num_nextn_predict_layers=1, aux_loss_alpha=0.1).train()
+        model.set_experts_implementation(implementation)
+        load, parallel, idle = ExpertLoad(model), DistributedDataParallel(model), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for index in range(2):
+            load.reset()
+            ids = tiny_tokens(model.config, 1, 3, seed=10 * number + index)
+            parallel(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            idle.append(torch.stack(list(load.counts.values())) == 0)
+        found[implementation] = (torch.stack(idle), [parameter.detach() for parameter in model.parameters()])
+    torch.save(found, f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_whose_idle_experts_differ_do_not_wait_for_each_other(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(rank, (port, str(tmp_path)), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"{number}.pt") for number in range(2))
+    for implementation in first:
+        (idle, weights), (other_idle, other_weights) = first[implementation], second[implementation]
+        assert (idle & ~other_idle).flatten(1).any(1).all() and (other_idle & ~idle).flatten(1).any(1).all()
+        assert all(map(torch.equal, weights, other_weights))
