@@ -81,9 +81,7 @@ class DeepseekExperts(nn.Module):
         start = 0
         weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True)
         for expert, (gate_up, down, count) in enumerate(weights):
-            if (
-                count or expert == 0
-            ):  # also on no tokens: a step has gradients of all weights, for which other ranks wait
+            if count or expert == 0:  # the first also on no tokens: other ranks wait for gradients of all weights
                 rows = tokens[start : start + count]
                 hidden = self._apply_gate(F.linear(hidden_states[rows], gate_up))
                 expert_output = F.linear(hidden, down) * gates[start : start + count]
