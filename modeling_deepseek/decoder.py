@@ -1,5 +1,7 @@
 """One residual block: attention, then a dense MLP or a mixture of experts."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -8,10 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import DeepseekLatentAttention, DeepseekMultiHeadAttention
 from .layers import DeepseekMLP, DeepseekRMSNorm
 from .moe import DeepseekMoE
+from .recompute import recomputed
 
 
 class DeepseekDecoderLayer(GradientCheckpointingLayer):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`: `[B, S, d] -> [B, S, d]`."""
+
+    recompute: Callable | None = None  # in training, the checkpointing function of the parts that are computed again
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -32,12 +37,15 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        by = self.recompute if self.training else None
+        with recomputed(by, self.input_layernorm, hidden_states) as normed:
+            attended, _ = self.self_attn(
+                normed,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        with recomputed(by, self.post_attention_layernorm, hidden_states) as normed:
+            return hidden_states + self.mlp(normed)

@@ -324,9 +324,10 @@ class FP8Experts(_KeepsFP8, nn.Module):
                 "fp8_weights='dequantize', or leave the experts out. LoRA works on them, injected into the model as a whole."
             )
         output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:  # served elsewhere, under expert parallelism
-                continue
+        chosen = [
+            expert for expert in top_k_index.unique().tolist() if expert != self.num_experts
+        ]  # that: served elsewhere
+        for expert in chosen or [0]:  # on no tokens, where there are none: adapters get their gradients
             rows, place = (top_k_index == expert).nonzero(as_tuple=True)
             product = {name: (*pair, self.block_size, self.ue8m0) for name, pair in self.weights_of(expert).items()}
             x = hidden_states[rows]

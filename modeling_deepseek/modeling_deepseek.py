@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -29,6 +29,7 @@ from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
+from .loss import causal_lm_loss, loss_of_states, shifted
 from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
@@ -37,8 +38,6 @@ from .router import DeepseekTopkRouter
 from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
-
-MTP_LOSS_ROWS = 512  # tokens whose MTP logits exist at a time: 0.26 GB in fp32 for DeepSeek-V3's vocabulary
 
 
 @dataclass
@@ -263,10 +262,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
+        in_pieces = self.training and labels is not None and not self.config.training_logits
+        logits = None if in_pieces else self.lm_head(kept_states(hidden_states, logits_to_keep))
 
         loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
-        if labels is not None:
+        if in_pieces:
+            loss = lm_loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+        elif labels is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
@@ -316,6 +318,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             if isinstance(module, DeepseekTopkRouter):
                 module.routing = routing
 
+    @property
+    def loss_function(self):
+        """What was set; else transformers' loss, without logits in fp32 that are all there at once."""
+        chosen = super().loss_function
+        return causal_lm_loss if chosen is ForCausalLMLoss and "_loss_function" not in vars(self) else chosen
+
+    @loss_function.setter
+    def loss_function(self, value) -> None:
+        self._loss_function = value
+
+    def _loss_in_pieces(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        """The next-token loss of `states` `[B, S, d]`, whose logits nobody wants to see."""
+        ignored = kwargs.get("ignore_index", -100)
+        targets = shifted(labels, ignored) if shift_labels is None else shift_labels
+        items = (targets != ignored).sum() if num_items_in_batch is None else num_items_in_batch
+        kwargs["vocab_size"] = self.config.vocab_size
+        return loss_of_states(self.lm_head, self.loss_function, states, targets.to(states.device), items, **kwargs)
+
     def _mtp_loss(
         self,
         depths,
@@ -329,8 +349,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
     ) -> tuple[torch.Tensor, ...]:
         """One loss per depth, over the targets that exist: none of or on padding, none in another packed document.
 
-        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made for `MTP_LOSS_ROWS`
-        tokens at a time, once here and once more in the backward pass: the vocabulary is too wide to keep them.
+        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made in pieces: the
+        vocabulary is too wide to keep them.
         """
         ignored, packed = kwargs.pop("ignore_index", -100), None
         if shift_labels is not None:
@@ -339,19 +359,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
 
-        def rows_loss(logits, targets, items):
-            return self.loss_function(
-                logits=logits,
-                labels=None,
-                vocab_size=self.config.vocab_size,
-                shift_labels=targets,
-                num_items_in_batch=items,
-                **kwargs,
-            )
-
-        def head_loss(states, targets, items):
-            return rows_loss(self.lm_head(states), targets, items)
-
+        kwargs["vocab_size"] = self.config.vocab_size
         losses = []
         for depth, states in enumerate(depths, start=1):
             targets = mtp_targets(labels, depth, packed)
@@ -360,11 +368,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 reached = nn.functional.pad(attention_mask[:, depth + 1 :], (0, 1))[:, :width]
                 targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
             items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            if mtp_logits is not None:
-                losses.append(rows_loss(mtp_logits[depth - 1], targets, items))
+            if mtp_logits is None:
+                losses.append(loss_of_states(self.lm_head, self.loss_function, states, targets, items, **kwargs))
                 continue
-            parts = zip(states.flatten(0, 1).split(MTP_LOSS_ROWS), targets.flatten().split(MTP_LOSS_ROWS), strict=True)
-            losses.append(sum(checkpoint(head_loss, *part, items, use_reentrant=False) for part in parts))
+            given = dict(shift_labels=targets, num_items_in_batch=items)
+            losses.append(self.loss_function(logits=mtp_logits[depth - 1], labels=None, **given, **kwargs))
         return tuple(losses)
 
     def add_mtp_layers(self, num_layers: int = 1) -> None:
@@ -385,9 +393,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         for _ in range(num_layers):
             layer = DeepseekMTPLayer(self.config, len(layers)).to(like.device, like.dtype).train(self.training)
             layer.apply(self._init_weights)
-            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func", "recompute"):
                 if name in neighbour:
                     setattr(layer, name, neighbour[name])
+            layer.self_attn.recompute = layer.recompute
             layers.append(layer)
         for model in (self, self.model):
             model._no_split_modules.add(DeepseekMTPLayer.__name__)

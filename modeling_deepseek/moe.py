@@ -79,8 +79,9 @@ class DeepseekExperts(nn.Module):
         counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
         output = torch.zeros_like(hidden_states)
         start = 0
-        for gate_up, down, count in zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True):
-            if count:
+        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True)
+        for expert, (gate_up, down, count) in enumerate(weights):
+            if count or expert == 0:  # the first also on no tokens: other ranks wait for gradients of all weights
                 rows = tokens[start : start + count]
                 hidden = self._apply_gate(F.linear(hidden_states[rows], gate_up))
                 expert_output = F.linear(hidden, down) * gates[start : start + count]

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import SHARED_MTP_WEIGHTS
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
+from .recompute import recomputed
 
 
 class DeepseekSharedHead(nn.Module):
@@ -43,8 +44,13 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 
     def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
         """`hidden_states` and the embeddings of the tokens after them, both `[B, S, d]` -> input of the output head `[B, S, d]`."""
-        merged = self.eh_proj(torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1))
+        with recomputed(self.recompute if self.training else None, self.pair, hidden_states, inputs_embeds) as pair:
+            merged = self.eh_proj(pair)
         return self.shared_head(super().forward(merged, **kwargs))
+
+    def pair(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """What `eh_proj` reads, `[B, S, 2d]`."""
+        return torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1)
 
 
 def mtp_targets(labels: torch.Tensor, depth: int, documents: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -36,6 +37,7 @@ from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_
 from .lora import NamesLoraTargets, name_lora_targets
 from .moe import DeepseekExperts
 from .precision import dequantize_model, fp8_modules, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
+from .recompute import checkpointing_function
 from .rope import DeepseekRotaryEmbedding
 from .router import DeepseekTopkRouter
 
@@ -108,6 +110,25 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         fp32 = self._keep_in_fp32_modules_strict
         self._keep_in_fp32_modules_strict = {kept for kept in fp32 if any(name.endswith(kept) for name in names)}
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}  # FSDP looks for each of them
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs
+    ) -> None:
+        """Behind transformers' functions that turn checkpointing on and off, whatever their version calls them.
+
+        `gradient_checkpointing_kwargs={"mode": "selective"}` computes RMSNorms and MLA up-projections again and keeps the rest
+        (DeepSeek-V3 report, section 3.2.3); "full", as without a mode, computes whole layers again.
+
+        Raises:
+            ValueError: for another mode, and for the selective one with `use_reentrant=True`.
+        """
+        selective, by = checkpointing_function(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, by, **kwargs)
+        for layer in self.modules():
+            if isinstance(layer, DeepseekDecoderLayer):
+                chosen = enable and selective and layer.gradient_checkpointing
+                layer.gradient_checkpointing = layer.gradient_checkpointing and not chosen
+                layer.recompute = layer.self_attn.recompute = by if chosen else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):

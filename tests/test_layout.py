@@ -20,9 +20,11 @@ PACKAGE = ROOT / "modeling_deepseek"
 LAYERS = {
     "configuration_deepseek": 0,
     "layers": 0,
+    "loss": 0,
     "rope": 0,
     "cache": 0,
     "balance": 0,
+    "recompute": 0,
     "router": 1,
     "masking": 0,
     "ragged": 0,

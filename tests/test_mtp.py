@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from modeling_deepseek import modeling_deepseek as modeling
 from modeling_deepseek.mtp import DeepseekMTPLayer, mtp_targets
 from modeling_deepseek.rope import DeepseekRotaryEmbedding
 from tiny import randomize, tiny_config, tiny_model, tiny_tokens
@@ -376,7 +375,7 @@ def test_a_text_in_several_pieces_has_the_loss_of_the_whole(monkeypatch):
     whole = model(**inputs, use_cache=False)
     whole.loss.backward()
     theirs = gradients(model)
-    monkeypatch.setattr(modeling, "MTP_LOSS_ROWS", 5)
+    monkeypatch.setattr("modeling_deepseek.loss.LOSS_ROWS", 5)
     pieces = model(**inputs, use_cache=False)
     pieces.loss.backward()
     torch.testing.assert_close(torch.stack(pieces.mtp_loss), torch.stack(whole.mtp_loss))
