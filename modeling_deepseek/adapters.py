@@ -29,7 +29,13 @@ def save_per_expert(model, folder: str | os.PathLike, adapter_name: str = "defau
         raise ValueError(
             f"The model has no adapter {adapter_name!r}: it has {', '.join(map(repr, model.peft_config))}."
         )
-    held = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+    held = {
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+    }
     for name, possible in held.items():
         if getattr(config, name) not in (possible, []):
             raise ValueError(

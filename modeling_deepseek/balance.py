@@ -23,6 +23,7 @@ def balance_losses(
     n_group: int = 1,
     topk_group: int = 1,
     weights: torch.Tensor | None = None,
+    best: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Expert-, device- and communication-level balance loss, without their factors: 1 at perfect balance.
 
@@ -37,6 +38,7 @@ def balance_losses(
         rows `[N]`: which sequence a token belongs to, from 0 on: the losses of each are computed apart, and their mean returned.
             `None`: all tokens are one batch.
         n_group, topk_group: D groups of experts, of which a token may visit M.
+        best `[N, K]`: what the expert-level loss counts in the place of `chosen`.
         weights `[R]`: of each of R sequences in that mean, with a sum of 1; `None`: all alike. One without tokens has a loss of 0.
     """
     experts, top_k = scores.shape[-1], chosen.shape[-1]
@@ -48,12 +50,13 @@ def balance_losses(
     num_rows = len(weights)
     tokens = torch.bincount(rows, minlength=num_rows).clamp(min=1)[:, None]
     f = expert_counts(chosen, experts, rows, num_rows) * experts / (top_k * tokens)
+    f_best = f if best is None else expert_counts(best, experts, rows, num_rows) * experts / (top_k * tokens)
     shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     p = shares.new_zeros(num_rows, experts).index_add(0, rows, shares) / tokens
     per_group = p.unflatten(-1, (n_group, -1)).sum(-1)
     sent = torch.zeros(len(chosen), n_group, device=chosen.device).scatter(1, chosen // (experts // n_group), 1.0)
     sent = sent.new_zeros(num_rows, n_group).index_add(0, rows, sent) * n_group / (topk_group * tokens)
-    expert = (f * p).sum(-1) @ weights
+    expert = (f_best * p).sum(-1) @ weights
     device = (f.unflatten(-1, (n_group, -1)).mean(-1) * per_group).sum(-1) @ weights
     return expert, device, (sent * per_group).sum(-1) @ weights
 
@@ -120,20 +123,22 @@ class Routing:
     open: bool = True
     scores: list[torch.Tensor] = field(default_factory=list)
     chosen: list[torch.Tensor] = field(default_factory=list)
+    best: list[torch.Tensor] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
 
-    def collect(self, scores: torch.Tensor, chosen: torch.Tensor, depth: int) -> None:
-        """Takes `[B, S', E]` and `[B, S', K]` of a router, with S' smaller at the MTP depths."""
-        if self.open:
-            self.scores.append(scores)
-            self.chosen.append(chosen)
-            self.depths.append(depth)
+    def collect(self, scores: torch.Tensor, chosen: torch.Tensor, best: torch.Tensor, depth: int) -> None:
+        """Takes `[B, S', E]` and twice `[B, S', K]` of a router, with S' smaller at the MTP depths."""
+        self.scores.append(scores)
+        self.chosen.append(chosen)
+        self.best.append(best)
+        self.depths.append(depth)
 
     def close(self) -> None:
         """Nothing is collected any more, and what was is let go."""
         self.open = False
         self.scores.clear()
         self.chosen.clear()
+        self.best.clear()
 
     def seen(self, width: int, depth: int) -> torch.Tensor | slice:
         """[`seen_tokens`] of a router that reads `width` tokens."""
@@ -154,12 +159,12 @@ class Routing:
             weights = torch.bincount(rows.flatten(), weights=counted.flatten().float())
             weights = weights / weights.sum().clamp(min=1)
         total = 0
-        for scores, chosen, depth in zip(self.scores, self.chosen, self.depths, strict=True):
+        for scores, chosen, best, depth in zip(self.scores, self.chosen, self.best, self.depths, strict=True):
             width = scores.shape[1]
             seen = self.seen(width, depth)
             of_rows = rows[:, :width].flatten()[seen] if per_sequence else None
-            tokens = (scores.flatten(0, 1)[seen], chosen.flatten(0, 1)[seen])
-            total = total + torch.stack(balance_losses(*tokens, of_rows, n_group, topk_group, weights))
+            scores, chosen, best = (each.flatten(0, 1)[seen] for each in (scores, chosen, best))
+            total = total + torch.stack(balance_losses(scores, chosen, of_rows, n_group, topk_group, weights, best))
         return total
 
 

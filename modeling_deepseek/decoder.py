@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import DeepseekLatentAttention, DeepseekMultiHeadAttention
+from .balance import Routing
 from .layers import DeepseekMLP, DeepseekRMSNorm
 from .moe import DeepseekMoE
 from .recompute import recomputed
@@ -35,6 +36,7 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        routing: Routing | None = None,
         **kwargs,
     ) -> torch.Tensor:
         by = self.recompute if self.training else None
@@ -48,4 +50,5 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
             )
         hidden_states = hidden_states + attended
         with recomputed(by, self.post_attention_layernorm, hidden_states) as normed:
-            return hidden_states + self.mlp(normed)
+            shared = (routing,) if isinstance(self.mlp, DeepseekMoE) else ()
+            return hidden_states + self.mlp(normed, *shared)

@@ -75,6 +75,8 @@ class EMACallback(TrainerCallback):
                 f"EMACallback averages whole parameters; those of this {type(self.model).__name__} are sharded over ranks (FSDP, "
                 "ZeRO-3 or tensor parallelism). Train with DDP or ZeRO-1/2, or leave the callback out."
             )
+        if state.is_hyper_param_search:
+            raise ValueError("EMACallback does not know the folders of a hyper-parameter search: leave it out of that.")
         if not state.is_world_process_zero:
             return
         if state.global_step and self.resume is not False:

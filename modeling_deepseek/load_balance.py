@@ -4,17 +4,25 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from .balance import seen_tokens, sequence_ids
 
+logger = logging.get_logger(__name__)
+
 
 def routers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Name -> router of every MoE layer, found by what it has: classes loaded as remote code are others than ours."""
-    return {
+    """Name -> router of every MoE layer, found by what it has: classes loaded as remote code are others than ours.
+
+    Of a router that PEFT copied (`modules_to_save`), the copy.
+    """
+    found = {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "e_score_correction_bias") and hasattr(module, "top_k") and hasattr(module, "num_experts")
+        if "e_score_correction_bias" in module._buffers and hasattr(module, "top_k") and hasattr(module, "num_experts")
     }
+    copies = {name.rpartition(".modules_to_save.")[0] for name in found if ".modules_to_save." in name}
+    return {name: module for name, module in found.items() if name.removesuffix(".original_module") not in copies}
 
 
 def drops(router: torch.nn.Module) -> bool:
@@ -53,15 +61,16 @@ class ExpertLoad:
             hook.remove()
 
     def _begin(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        given = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
         self.counting = model.training and torch.is_grad_enabled()  # rollouts of TRL are in training mode, too
-        texts = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        like = next(text for text in texts if text is not None)
-        self.ids = sequence_ids(like, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        like = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        self.ids = sequence_ids(like, given.get("attention_mask"), given.get("position_ids"))
 
     def _end(self, *_call) -> None:
         self.counting = False
 
     def _counter(self, name: str):
+        @torch.no_grad()  # what autograd kept here, a checkpoint would miss when it computes the layer again
         def count(router: torch.nn.Module, inputs: tuple, output: tuple) -> None:
             if not self.counting:
                 return
@@ -101,6 +110,7 @@ class ExpertLoadCallback(TrainerCallback):
     def __init__(self):
         self.load: ExpertLoad | None = None
         self.last: dict[str, torch.Tensor] = {}
+        self.run: dict[str, torch.Tensor] = {}
         self.total: dict[str, torch.Tensor] = {}
         self.dropped: dict[str, torch.Tensor] = {}
 
@@ -110,7 +120,7 @@ class ExpertLoadCallback(TrainerCallback):
             self.load.detach()
         self.load = ExpertLoad(model)
         self.load.routers = routers
-        self.total, self.dropped = {}, {}
+        self.total, self.dropped, self.run = {}, {}, {}
 
     def routers_of(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The routers whose load is counted."""
@@ -131,8 +141,8 @@ class ExpertLoadCallback(TrainerCallback):
                 dist.all_reduce(dropped)
             self.step_end(router, counts)
             self.total[name] = self.total.get(name, 0) + counts
+            self.run[name] = router.expert_load = self.run.get(name, 0) + counts
             self.dropped[name] = self.dropped.get(name, 0) + dropped
-            router.expert_load = counts + getattr(router, "expert_load", torch.zeros_like(counts))
         self.last = dict(self.load.counts)
         self.load.reset()
 
@@ -167,8 +177,9 @@ class RouterBiasCallback(ExpertLoadCallback, ExportableState):
     """Moves `e_score_correction_bias` of every router against its load, once per optimiser step (DeepSeek-V3 report, 2.1.2).
 
     The bias has no gradient and no weight decay, is saved with the model, and also in the state of Trainer, since an adapter's
-    checkpoint does not hold it. Logs what [`ExpertLoadCallback`] does, and `router_bias_range`, the largest minus the smallest
-    bias of any layer.
+    checkpoint does not hold it: who loads that adapter has the bias of the base model, unless `modules_to_save=["gate"]` puts the
+    routers into it, or the adapter is merged and the model saved. Logs what [`ExpertLoadCallback`] does, and `router_bias_range`,
+    the largest minus the smallest bias of any layer.
 
     Args:
         update_speed: what is added to the bias of an expert under the mean load, and taken from one above (V3: 0.001).
@@ -203,6 +214,11 @@ class RouterBiasCallback(ExpertLoadCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, model=model)
+        if hasattr(model, "peft_config") and not all(".modules_to_save." in name for name in self.load.routers):
+            logger.warning_once(
+                "RouterBiasCallback moves the bias of the base model, which the adapter does not hold: who loads the adapter has "
+                "another model. Give modules_to_save=['gate'], or merge the adapter and save the model."
+            )
         if state.global_step:
             self._resume(state, model)
 
@@ -239,7 +255,8 @@ def _mean(measure, counts: dict[str, torch.Tensor]) -> float:
 
 
 def expert_load(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name of each router -> how often it chose each expert `[E]` while a callback counted, over all steps and ranks.
+    """Name of each router -> how often it chose each expert `[E]` in the last run with one of these callbacks, over its
+    steps and ranks.
 
     Raises:
         ValueError: when nothing was counted.

@@ -34,7 +34,6 @@ from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
-from .router import DeepseekTopkRouter
 from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
@@ -90,11 +89,13 @@ class DeepseekModel(DeepseekPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         under_head: bool = False,
+        routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """Arguments as in every decoder of transformers; `last_hidden_state` `[B, S, d]` is behind the final norm.
 
-        `under_head`: the caller is a causal model, which sees to the MTP layers and balance losses itself.
+        `under_head`: the caller is a causal model, which sees to the MTP layers and balance losses itself, for which it may
+        give the `routing` of this pass.
         """
         if not under_head and self._leaves_losses_out():
             logger.warning_once(
@@ -127,6 +128,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                routing=routing,
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -205,7 +207,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         self.model = self._model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._shares = False  # whether the routers have what a forward pass shares
         self.post_init()
 
     @can_return_tuple
@@ -232,11 +233,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         """
         weight = self.config.mtp_loss_weight if self.training and labels is not None else 0
         mtp = self.config.num_nextn_predict_layers > 0 and (weight > 0 or output_mtp_logits)
-        if weight == 0 and self.model._mtp_is_left_untrained():
+        if labels is None and self.model._leaves_losses_out():
             logger.warning_once(
                 "The MTP layers are trained by forward(labels=...), and this forward in training mode has none, as under Trainer's "
-                "label_smoothing_factor and compute_loss_func: they stay as they are. config.mtp_loss_weight = 0 says that this "
-                "is meant."
+                "label_smoothing_factor and compute_loss_func: they stay as they are, and no balance loss is added. "
+                "config.mtp_loss_weight = 0 and balance factors of 0 say that this is meant."
             )
         if mtp and past_key_values is not None and int(past_key_values.get_seq_length()):
             raise ValueError(
@@ -250,7 +251,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             if any(factors) or drops:  # with a cache it is a rollout in training mode, as TRL makes them
                 like = input_ids if inputs_embeds is None else inputs_embeds
                 routing = new_routing(self.config, like, attention_mask, position_ids)
-            self._share(routing)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -259,6 +259,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             under_head=True,
+            routing=routing,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -274,7 +275,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             )
         if mtp:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids)
+            depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids, routing=routing)
             if output_mtp_logits:
                 mtp_logits = tuple(map(self.lm_head, depths))
             if labels is not None:
@@ -308,15 +309,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             mtp_logits=mtp_logits,
             aux_loss=aux_loss,
         )
-
-    def _share(self, routing: Routing | None) -> None:
-        """Gives `routing` to all routers; they keep it for the backward pass, where checkpointed layers run again."""
-        if routing is None and not self._shares:
-            return
-        self._shares = routing is not None
-        for module in self.model.modules():
-            if isinstance(module, DeepseekTopkRouter):
-                module.routing = routing
 
     @property
     def loss_function(self):

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from .balance import Routing
 from .layers import DeepseekMLP
 from .router import DeepseekTopkRouter
 
@@ -103,7 +104,7 @@ class DeepseekMoE(nn.Module):
             width = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = DeepseekMLP(config.hidden_size, width, config.hidden_act, config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        _, gates, chosen = self.gate(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        _, gates, chosen = self.gate(hidden_states, routing)
         routed = self.experts(hidden_states.flatten(0, -2), chosen, gates).view_as(hidden_states)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)

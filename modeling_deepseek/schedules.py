@@ -16,6 +16,7 @@ Under FSDP Trainer makes the optimiser itself and takes no `optimizers`: return 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice, pairwise
+from numbers import Integral
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -66,7 +67,9 @@ def _schedule(
     optimizer: torch.optim.Optimizer, steps: int | Sequence[int], warmup_steps: int, factor: Callable[[float], float]
 ) -> LambdaLR:
     """Linear warm-up, times `factor` of the share of the run's sequences that are done."""
-    done = range(steps + 1) if isinstance(steps, int) else [0, *accumulate(steps)]  # before each step, and at the end
+    done = (
+        range(steps + 1) if isinstance(steps, Integral) else [0, *accumulate(steps)]
+    )  # before each step, and at the end
     last = len(done) - 1
     if not 0 <= warmup_steps < last:
         raise ValueError(
@@ -172,7 +175,8 @@ class BatchRampTrainer(Trainer):
 
     Raises:
         ValueError: when training begins, for other multiples, for micro-batches over `per_device_train_batch_size`, for a
-            `max_steps` that is not set or beyond `batch_sizes`, and for a dataset that is iterable or empty.
+            `max_steps` that is not set or beyond `batch_sizes`, for a dataset that is iterable or empty, and for `ignore_data_skip`
+            and `split_batches`.
     """
 
     def __init__(self, *args, batch_sizes: Sequence[int], **kwargs):
@@ -190,6 +194,11 @@ class BatchRampTrainer(Trainer):
             raise ValueError(
                 f"batch_sizes has {len(self.batch_sizes)} steps, and max_steps is {self.args.max_steps}: set "
                 f"TrainingArguments(max_steps={len(self.batch_sizes)}), or less."
+            )
+        if self.args.ignore_data_skip or self.accelerator.split_batches:
+            raise ValueError(
+                "A ramp starts anew under ignore_data_skip=True, and under split_batches=True its steps are split over the ranks "
+                "once more: leave both out."
             )
         if odd := [size for size in self.batch_sizes if size % parts or size < parts]:
             raise ValueError(

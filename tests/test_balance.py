@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from modeling_deepseek import DeepseekV2ForSequenceClassification
 from modeling_deepseek.balance import balance_losses, within_capacity
 from modeling_deepseek.cache import LatentCache
 from modeling_deepseek.router import router_scores
@@ -18,9 +19,14 @@ def routed(tokens: int, seed: int = 0, scoring: str = "sigmoid") -> tuple[torch.
     return scores.requires_grad_(), scores.topk(K).indices
 
 
-def plain_losses(scores, chosen, groups=GROUPS, top_groups=TOP_GROUPS) -> list[torch.Tensor]:
-    """One sequence, by the sums of the DeepSeek-V2 paper, section 2.2.3."""
+def plain_losses(scores, chosen, groups=GROUPS, top_groups=TOP_GROUPS, best=None) -> list[torch.Tensor]:
+    """One sequence, by the sums of the DeepSeek-V2 paper, section 2.2.3; with `best` V3's expert-level loss (2.1.2)."""
     tokens = len(scores)
+    if best is not None:
+        return [
+            plain_losses(scores, best, groups, top_groups)[0],
+            *plain_losses(scores, chosen, groups, top_groups)[1:],
+        ]
     f = [sum(float(i in row) for row in chosen.tolist()) * E / (K * tokens) for i in range(E)]
     p = [sum(scores[t, i] / scores[t].sum() for t in range(tokens)) / tokens for i in range(E)]
     size = E // groups
@@ -118,7 +124,10 @@ def test_the_loss_of_a_training_model_has_its_balance_losses(family, per_sequenc
         rows = [(scores.view(2, width, -1)[b][seen[b]], chosen.view(2, width, -1)[b][seen[b]]) for b in range(2)]
         if not per_sequence:
             rows = [(torch.cat([s for s, _ in rows]), torch.cat([c for _, c in rows]))]
-        parts = torch.tensor([[float(x) for x in plain_losses(s, c, *groups)] for s, c in rows])
+        best = [s.topk(c.shape[1]).indices if family == "v3" else None for s, c in rows]
+        parts = torch.tensor(
+            [[float(x) for x in plain_losses(s, c, *groups, b)] for (s, c), b in zip(rows, best, strict=True)]
+        )
         expected += (weights @ parts * torch.tensor(model.config.balance_factors)).sum()
     torch.testing.assert_close(output.aux_loss.detach(), expected, rtol=1e-4, atol=1e-5)
     weighted = output.lm_loss + 0.3 * sum(output.mtp_loss or ())
@@ -180,6 +189,42 @@ def test_dropping_happens_in_training_alone_and_alike_in_the_recomputation():
         gradients.append(model.model.layers[1].mlp.experts.down_proj.grad)
         assert torch.equal(model.eval()(ids).logits, expected)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_is_computed_again_drops_what_its_own_pass_dropped():
+    gradients = []
+    for other in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model("v2", moe_capacity_factor=0.5).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids, mask = tiny_tokens(model.config, 4), torch.ones(4, 10, dtype=torch.long)
+        mask[0, 6:] = 0
+        torch.manual_seed(1)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        if other:  # as of a reference, or of a second loss
+            model(ids, attention_mask=mask, labels=ids, use_cache=False)
+            model.model(ids[:1], use_cache=False)
+        loss.backward()
+        gradients.append(model.model.layers[1].mlp.experts.down_proj.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", ["no labels", "a task head"])
+def test_a_balance_loss_that_is_not_added_is_said_so(way, monkeypatch):
+    said, model = [], tiny_model("v2", aux_loss_alpha=0.1).train()
+    if way == "a task head":
+        model.config.pad_token_id = 0
+        model = DeepseekV2ForSequenceClassification(model.config).train()
+    monkeypatch.setattr("modeling_deepseek.modeling_deepseek.logger.warning_once", said.append)
+    ids = tiny_tokens(model.config, 1)
+    model(ids, use_cache=False)
+    assert any("balance loss" in message for message in said)
+    said.clear()
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    model.config.aux_loss_alpha = 0.0
+    model(ids, use_cache=False)
+    assert not said
 
 
 WRONG = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerState
 
 from modeling_deepseek.load_balance import (
@@ -119,6 +119,41 @@ def test_a_resumed_run_goes_on_with_its_bias(tmp_path, adapted):
     trained(tmp_path, RouterBiasCallback(0.01), model=whole, steps=4)
     trained(tmp_path, RouterBiasCallback(0.01), model=resumed, steps=4, resume=True)
     torch.testing.assert_close(bias_of(resumed), bias_of(whole), rtol=0, atol=1e-6)
+
+
+def test_routers_inside_the_adapter_are_moved_once_and_saved_with_it(tmp_path):
+    def model(**options):
+        return get_peft_model(tiny_model("v3"), LoraConfig(target_modules=["o_proj"], **options))
+
+    inside, before = model(modules_to_save=["gate"]), bias_of(tiny_model("v3"))
+    trained(tmp_path, RouterBiasCallback(0.01), model=inside, steps=1, logging_steps=1)
+    moved = (bias_of(inside) - before).abs()
+    assert torch.allclose(moved[moved > 0], torch.tensor(0.01), atol=1e-6) and moved.amax() > 0
+    assert len(expert_load(inside)) == 2 and all(load.sum() for load in expert_load(inside).values())
+    inside.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_model("v3"), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(IDS).logits, inside.eval()(IDS).logits)
+    assert torch.equal(bias_of(loaded), bias_of(inside))
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_deepseek.load_balance.logger.warning_once", said.append)
+        trained(tmp_path / "a", RouterBiasCallback(0.01), model=inside, steps=1)
+        assert not said
+        trained(tmp_path / "b", RouterBiasCallback(0.01), model=model(), steps=1)
+    assert "modules_to_save=['gate']" in said[0]
+
+
+def test_each_run_counts_anew_and_masks_without_a_name_are_seen(tmp_path):
+    model, found = tiny_model("v3"), []
+    for name in "ab":
+        trained(tmp_path / name, ExpertLoadCallback(), ExpertLoadCallback(), model=model, steps=1)
+        found.append(sum(load.sum() for load in expert_load(model).values()))
+    assert found[0] == found[1]
+    mask = torch.ones(24, 16, dtype=torch.long)
+    mask[:, 12:] = 0
+    load = ExpertLoad(model.train())
+    model(IDS, mask, use_cache=False)
+    assert all(counts.sum() == 24 * 12 * 3 for counts in load.counts.values())
 
 
 def test_an_adapter_without_the_bias_it_was_trained_beside_is_refused(tmp_path):

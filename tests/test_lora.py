@@ -16,9 +16,10 @@ from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as NativeV2
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
 from absent import without
+from modeling_deepseek import DeepseekV2ForSequenceClassification
 from modeling_deepseek.adapters import save_per_expert
 from modeling_deepseek.lora import lora_targets
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_config, tiny_model, tiny_tokens
 
 FAMILIES = ("llm", "moe16b", "v2", "v3")
 IDS = torch.arange(3, 20)[None]
@@ -227,6 +228,16 @@ IMPOSSIBLE = {
         lora_targets("all") | dict(lora_dropout=0.1),
         r"lora_dropout=0\.1 works on linear layers.*set it to 0\.0",
     ),
+    "initialisation": (
+        "v2",
+        lora_targets("experts") | dict(init_lora_weights="pissa"),
+        r"init_lora_weights='pissa' works on linear .*set it to True",
+    ),
+    "ranks of one weight": (
+        "v3",
+        lora_targets("experts") | dict(rank_pattern={"gate_proj": 2, "up_proj": 4}),
+        r"says \[2, 4\] for gate_proj and up_proj",
+    ),
     "DoRA": (
         "v2",
         lora_targets("experts") | dict(use_dora=True),
@@ -241,6 +252,32 @@ def test_what_cannot_be_done_is_an_error_that_names_the_way_out(family, options,
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, LoraConfig(**options))
     assert not adapted(model)
+
+
+@pytest.mark.parametrize("excluded", [["experts"], ["mlp.experts"], ["gate_up_proj", "down_proj"], r".*experts"])
+def test_routed_experts_are_excluded_by_any_of_their_names(excluded):
+    found = adapted(adapt("v3", target_modules="all-linear", exclude_modules=excluded))
+    assert found and not any(".experts" in name for name in found)
+
+
+@pytest.mark.parametrize("excluded", [None, ["o_proj"], r".*o_proj"])
+def test_heads_of_tasks_are_no_targets_of_all_linear(excluded):
+    model = DeepseekV2ForSequenceClassification(tiny_config("v2"))
+    found = adapted(get_peft_model(model, LoraConfig(target_modules="all-linear", exclude_modules=excluded)))
+    assert "score" not in found and any("q_b_proj" in name for name in found)
+    assert any("o_proj" in name for name in found) == (excluded is None)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(use_rslora=True), dict(rank_pattern={"up_proj": 8}, alpha_pattern={"up_proj": 4})]
+)
+def test_scale_of_pairs_is_that_of_single_projections(options):
+    model = adapt("v3", lora_alpha=16, **lora_targets("all"), **options)
+    wrapped = {name: m for name, m in model.named_modules() if hasattr(m, "scaling") and "layers.1.mlp" in name}
+    shared = next(m for name, m in wrapped.items() if name.endswith("shared_experts.up_proj"))
+    pair = next(m for m in wrapped.values() if getattr(m, "parameter_name", None) == "gate_up_proj")
+    assert pair.scaling["default"] == pytest.approx(shared.scaling["default"])
+    assert pair.r["default"] == 2 * shared.r["default"]
 
 
 def test_one_projection_of_a_pair_is_no_half_where_nothing_is_fused():

@@ -323,6 +323,7 @@ WRONG_RUNS = {
     "beyond": (dict(max_steps=8), "max_steps is 8"),
     "stream": (dict(dataset=Stream()), "Stream has none: give a map-style dataset"),
     "empty": (dict(dataset=[]), "list has none"),
+    "skip": (dict(ignore_data_skip=True), "starts anew under ignore_data_skip=True"),
 }
 
 
