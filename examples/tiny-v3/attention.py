@@ -11,10 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import absorbed_attention
+from .ops import absorbed_attention, has_fast_gemm
+from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
 ABSORBED_MAX_QUERIES = 128  # measured on CPU: absorbed wins up to 128 new tokens and loses from 256
+PADDED_MIN_QUERIES = (
+    1024  # measured on CPU: from here on PyTorch's attention kernel is faster, padding of the values included
+)
 
 
 def eager_attention(
@@ -46,6 +50,8 @@ def eager_attention(
 class DeepseekAttention(nn.Module):
     """What both kinds share: the config, the softmax scale and the call of transformers' attention interface."""
 
+    recompute: Callable | None = None  # in training, the checkpointing function of what is computed again
+
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -55,7 +61,7 @@ class DeepseekAttention(nn.Module):
         self.is_causal = True
 
     def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`query` `[B, H, S, D]`, `key` `[B, KV, T, D]`, `value` `[B, KV, T, v]` -> `[B, S, H * v]` and the weights, if any."""
+        """`query` `[B, H, S, D]`, `key` `[B, KV, T, D]`, `value` `[B, KV, T, v+]` -> `[B, S, H * v]` and the weights, if any."""
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = interface(
             self,
@@ -67,7 +73,7 @@ class DeepseekAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return output.flatten(2), weights
+        return output[..., : self.v_head_dim].flatten(2), weights
 
 
 class DeepseekMultiHeadAttention(DeepseekAttention):
@@ -75,7 +81,7 @@ class DeepseekMultiHeadAttention(DeepseekAttention):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.head_dim = config.head_dim
+        self.head_dim = self.v_head_dim = config.head_dim
         self.scaling = attention_softmax_scale(config.rope_parameters, self.head_dim)
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
@@ -136,28 +142,49 @@ class DeepseekLatentAttention(DeepseekAttention):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q_nope, q_rope, latent, k_rope = self.project(hidden_states, position_embeddings)
+        by = self.recompute if self.training else None
+        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        q_latent = (self.q_proj if self.config.q_lora_rank is None else self.q_a_proj)(hidden_states)
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
+        k_rope = self.rotate(k_rope, cos, sin)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
         if self.use_absorbed(hidden_states.shape[1], latent.shape[2], past_key_values is not None):
-            output, weights = self.attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
+            output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
-            key, value = self.expand(latent, k_rope)
-            output, weights = self.attend(torch.cat((q_nope, q_rope), dim=-1), key, value, attention_mask, **kwargs)
+            with recomputed(by, self.expand_all, q_latent, latent, k_rope, cos, sin) as (query, key, value):
+                output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output), weights
 
-    def project(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
-        """`[B, S, d]` -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`, latent `[B, 1, S, c]`, k_rope `[B, 1, S, r]`."""
-        if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+    def queries(
+        self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `q_a_proj` (where there is none: `q_proj`) gave -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`."""
+        query = q_latent if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
         query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
-        latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        return q_nope, self.rotate(q_rope, cos, sin), self.kv_a_layernorm(latent), self.rotate(k_rope, cos, sin)
+        return q_nope, self.rotate(q_rope, cos, sin)
+
+    def expand_all(self, q_latent, latent, k_rope, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[B, H, S, n + r]`, keys and values as `expand` gives them: the up-projections and what is around them."""
+        query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
+        key, value = self.expand(latent, k_rope)
+        if self.pads_values(query):
+            value = nn.functional.pad(value, (0, self.qk_head_dim - self.v_head_dim))
+        return query, key, value
+
+    def pads_values(self, query: torch.Tensor) -> bool:
+        """Whether values get zeros up to the width of the keys: on a CPU, PyTorch's kernel that keeps no weights wants that."""
+        return (
+            query.device.type == "cpu"
+            and self.v_head_dim < self.qk_head_dim
+            and self.config._attn_implementation == "sdpa"
+            and has_fast_gemm("cpu", query.dtype)
+            and not (self.training and self.attention_dropout)
+            and (query.shape[2] >= PADDED_MIN_QUERIES or (self.training and self.recompute is not None))
+        )
 
     def use_absorbed(self, queries: int, keys: int, has_cache: bool) -> bool:
         """Whether `queries` new tokens against `keys` cached ones (the new ones included) run in latent space.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -21,6 +22,8 @@ def balance_losses(
     rows: torch.Tensor | None = None,
     n_group: int = 1,
     topk_group: int = 1,
+    weights: torch.Tensor | None = None,
+    best: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Expert-, device- and communication-level balance loss, without their factors: 1 at perfect balance.
 
@@ -35,21 +38,27 @@ def balance_losses(
         rows `[N]`: which sequence a token belongs to, from 0 on: the losses of each are computed apart, and their mean returned.
             `None`: all tokens are one batch.
         n_group, topk_group: D groups of experts, of which a token may visit M.
+        best `[N, K]`: what the expert-level loss counts in the place of `chosen`.
+        weights `[R]`: of each of R sequences in that mean, with a sum of 1; `None`: all alike. One without tokens has a loss of 0.
     """
     experts, top_k = scores.shape[-1], chosen.shape[-1]
     if rows is None:
         rows = chosen.new_zeros(len(chosen))
-    num_rows = int(rows.max()) + 1 if len(rows) else 1
+    if weights is None:
+        num_rows = int(rows.max()) + 1 if len(rows) else 1
+        weights = scores.new_full((num_rows,), 1 / num_rows)
+    num_rows = len(weights)
     tokens = torch.bincount(rows, minlength=num_rows).clamp(min=1)[:, None]
     f = expert_counts(chosen, experts, rows, num_rows) * experts / (top_k * tokens)
+    f_best = f if best is None else expert_counts(best, experts, rows, num_rows) * experts / (top_k * tokens)
     shares = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     p = shares.new_zeros(num_rows, experts).index_add(0, rows, shares) / tokens
     per_group = p.unflatten(-1, (n_group, -1)).sum(-1)
     sent = torch.zeros(len(chosen), n_group, device=chosen.device).scatter(1, chosen // (experts // n_group), 1.0)
     sent = sent.new_zeros(num_rows, n_group).index_add(0, rows, sent) * n_group / (topk_group * tokens)
-    expert = (f * p).sum(-1).mean()
-    device = (f.unflatten(-1, (n_group, -1)).mean(-1) * per_group).sum(-1).mean()
-    return expert, device, (sent * per_group).sum(-1).mean()
+    expert = (f_best * p).sum(-1) @ weights
+    device = (f.unflatten(-1, (n_group, -1)).mean(-1) * per_group).sum(-1) @ weights
+    return expert, device, (sent * per_group).sum(-1) @ weights
 
 
 def within_capacity(
@@ -63,7 +72,7 @@ def within_capacity(
     tokens, top_k = chosen.shape
     budget = int(factor * tokens * top_k / n_group)
     group = (chosen // (scores.shape[-1] // n_group)).flatten()
-    rank = torch.where(protected[:, None], 2.0 + scores.max(), scores).gather(1, chosen).flatten()
+    rank = torch.where(protected[:, None], 2.0, scores).gather(1, chosen).flatten()  # no affinity is over 1
     order = rank.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]  # by group, the dearest first
     starts = torch.searchsorted(group[order], torch.arange(n_group, device=group.device))
@@ -72,48 +81,90 @@ def within_capacity(
     return (place < budget).view(tokens, top_k) | protected[:, None]
 
 
+def sequence_ids(
+    like: torch.Tensor, attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A number per sequence of a batch `like` `[B, S, ...]`, `[B, S]`: rows, or the packed documents in them; -1 for padding.
+
+    Documents are told apart as in attention: where `position_ids` restart and no `attention_mask` is given.
+    """
+    batch, length = like.shape[:2]
+    ids = torch.arange(batch, device=like.device)[:, None].repeat(1, length) * length
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return ids.masked_fill(attention_mask[:, -length:] == 0, -1)
+    if position_ids is not None and attention_mask is None:
+        packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
+        ids = ids if packed is None else ids + packed
+    return ids
+
+
+def seen_tokens(ids: torch.Tensor, width: int, depth: int = 0) -> torch.Tensor:
+    """Which of the first `width` tokens of all rows count at an MTP depth (0: in the main layers), `[B * width]`.
+
+    No padding does, nor a token that is merged with one of padding, of another sequence or behind the end. ids: `sequence_ids`.
+    """
+    further = torch.full_like(ids, -1)
+    further[:, : max(0, ids.shape[1] - depth)] = ids[:, depth:]
+    return ((ids == further) & (ids >= 0))[:, :width].flatten()
+
+
 @dataclass
 class Routing:
     """What the routers of one forward pass share. It collects while `open`; a recomputed forward finds it closed.
 
-    mask `[B, S]`: False for padding; `None` without any.
-    documents `[B, S]`: an id per packed document and row, from 0 on.
+    ids `[B, S]`: `sequence_ids` of its tokens.
+    padded: whether there is padding among them.
     protected `[B]`: sequences of which no token is dropped, or `None` where nothing is.
     """
 
-    mask: torch.Tensor | None
-    documents: torch.Tensor
+    ids: torch.Tensor
+    padded: bool
     protected: torch.Tensor | None = None
     open: bool = True
     scores: list[torch.Tensor] = field(default_factory=list)
     chosen: list[torch.Tensor] = field(default_factory=list)
+    best: list[torch.Tensor] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
 
-    def collect(self, scores: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Takes `[B, S', E]` and `[B, S', K]` of a router, with S' smaller at the MTP depths."""
-        if self.open:
-            self.scores.append(scores)
-            self.chosen.append(chosen)
+    def collect(self, scores: torch.Tensor, chosen: torch.Tensor, best: torch.Tensor, depth: int) -> None:
+        """Takes `[B, S', E]` and twice `[B, S', K]` of a router, with S' smaller at the MTP depths."""
+        self.scores.append(scores)
+        self.chosen.append(chosen)
+        self.best.append(best)
+        self.depths.append(depth)
 
     def close(self) -> None:
         """Nothing is collected any more, and what was is let go."""
         self.open = False
         self.scores.clear()
         self.chosen.clear()
+        self.best.clear()
 
-    def seen(self, width: int) -> torch.Tensor | slice:
-        """Which of the first `width` tokens of all rows, `[B * width]`, are no padding."""
-        return slice(None) if self.mask is None else self.mask[:, :width].flatten()
+    def seen(self, width: int, depth: int) -> torch.Tensor | slice:
+        """[`seen_tokens`] of a router that reads `width` tokens."""
+        return seen_tokens(self.ids, width, depth) if self.padded or depth else slice(None)
 
-    def losses(self, per_sequence: bool, n_group: int, topk_group: int) -> torch.Tensor:
-        """Sums over all routers of the three [`balance_losses`], `[3]`."""
+    def losses(
+        self, per_sequence: bool, n_group: int, topk_group: int, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sums over all routers of the three [`balance_losses`], `[3]`.
+
+        A sequence weighs as much as it has `targets` `[B, S]`, tokens behind which the language model's loss has one (`None`: as
+        it has tokens): so the parts of a step (packed rows, micro-batches, ranks) add up to the whole.
+        """
+        weights = self.ids.new_ones(1, dtype=torch.float32)
+        if per_sequence:
+            rows = self.ids.unique(return_inverse=True)[1]
+            counted = self.ids >= 0 if targets is None else targets & (self.ids >= 0)
+            weights = torch.bincount(rows.flatten(), weights=counted.flatten().float())
+            weights = weights / weights.sum().clamp(min=1)
         total = 0
-        for scores, chosen in zip(self.scores, self.chosen, strict=True):
+        for scores, chosen, best, depth in zip(self.scores, self.chosen, self.best, self.depths, strict=True):
             width = scores.shape[1]
-            seen, rows = self.seen(width), None
-            if per_sequence:
-                _, rows = self.documents[:, :width].flatten()[seen].unique(return_inverse=True)
-            parts = balance_losses(scores.flatten(0, 1)[seen], chosen.flatten(0, 1)[seen], rows, n_group, topk_group)
-            total = total + torch.stack(parts)
+            seen = self.seen(width, depth)
+            of_rows = rows[:, :width].flatten()[seen] if per_sequence else None
+            scores, chosen, best = (each.flatten(0, 1)[seen] for each in (scores, chosen, best))
+            total = total + torch.stack(balance_losses(scores, chosen, of_rows, n_group, topk_group, weights, best))
         return total
 
 
@@ -123,22 +174,23 @@ def new_routing(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
 ) -> Routing:
-    """What the routers share in a training forward over `like` `[B, S, ...]`; packed documents are told apart as in attention."""
-    batch, length = like.shape[:2]
-    documents = torch.arange(batch, device=like.device)[:, None].expand(-1, length) * length
-    mask = protected = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        mask = attention_mask[:, -length:].bool()
-    elif position_ids is not None and attention_mask is None:
-        packed = find_packed_sequence_indices(position_ids.expand(batch, -1))
-        documents = documents if packed is None else documents + packed
+    """What the routers share in a training forward over `like` `[B, S, ...]`."""
+    padded, protected = attention_mask is not None and attention_mask.ndim == 2, None
     if config.moe_capacity_factor:
-        protected = torch.rand(batch, device=like.device) < NEVER_DROPPED
-    return Routing(mask, documents, protected)
+        protected = torch.rand(len(like), device=like.device) < NEVER_DROPPED
+    return Routing(sequence_ids(like, attention_mask, position_ids), padded, protected)
+
+
+def targets_of(labels: torch.Tensor, shift_labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """Behind which tokens `[B, S]` the language model's loss has a target."""
+    ignored = kwargs.get("ignore_index", -100)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=ignored)
+    return shift_labels != ignored
 
 
 def share_of_step(labels: torch.Tensor, num_items_in_batch=None, **kwargs) -> torch.Tensor | float:
-    """How much of an optimiser step these `labels` are: balance losses of its parts are weighted by their tokens."""
+    """How much of an optimiser step these `labels` are: balance losses of its parts are weighted by their targets."""
     if num_items_in_batch is None:
         return 1.0
-    return (labels[:, 1:] != kwargs.get("ignore_index", -100)).sum() / num_items_in_batch
+    return targets_of(labels, **kwargs).sum() / num_items_in_batch

@@ -125,6 +125,9 @@ def drop_absent_mtp_layers(model: nn.Module, decoder: nn.Module, loading_info) -
             f"config.num_nextn_predict_layers is {claimed}, but the checkpoint has none of the tensors of "
             f"{claimed - kept} MTP layer(s) ({absent[0]}, ...): loaded with {kept}. add_mtp_layers makes new ones."
         )
+        if not kept:
+            for each in (model, decoder):
+                each._no_split_modules.discard(type(decoder.layers[main]).__name__)
         del decoder.layers[main + kept :]
         model.config.num_nextn_predict_layers = kept
         loading_info.missing_keys = {key for key in loading_info.missing_keys if layer_index(key) < main + kept}

@@ -59,8 +59,11 @@ class DeepseekConfig(PreTrainedConfig):
         routed_scaling_factor (`float`): multiplies the gates (V2 applies it only to gates that were not normalised).
         num_nextn_predict_layers (`int`): multi-token prediction layers, stored behind the `num_hidden_layers` main ones.
         mtp_loss_weight (`float`): lambda of the MTP training loss (DeepSeek-V3 report, section 2.2).
+        training_logits (`bool`): whether the model returns logits in training mode with labels. Without, they are made for a few
+            tokens at a time, for the loss alone, and once more in the backward pass.
         aux_loss_alpha (`float`): factor of the expert-level balance loss in training; 0, as without it, computes nothing.
-        seq_aux (`bool`): that loss for every sequence apart (V2, V3), or for the whole batch at once.
+        seq_aux (`bool`): that loss for every sequence apart (V2, V3), each weighing as much as it has targets, so that
+            micro-batches and ranks add up to the step; or for the whole batch at once, which is the micro-batch of one rank.
         device_aux_loss_alpha, comm_aux_loss_alpha (`float`): factors of the device- and communication-level balance losses over
             `n_group` groups of experts (V2: 0.05 and 0.02).
         moe_capacity_factor (`float`, *optional*): in training a group of experts serves at most this times its average share of
@@ -113,6 +116,7 @@ class DeepseekConfig(PreTrainedConfig):
     routed_scaling_factor: float | int = 1.0
     num_nextn_predict_layers: int | None = 0
     mtp_loss_weight: float | int = 0.3
+    training_logits: bool = True
     aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
     device_aux_loss_alpha: float | int = 0.0

@@ -1,17 +1,23 @@
 """One residual block: attention, then a dense MLP or a mixture of experts."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import DeepseekLatentAttention, DeepseekMultiHeadAttention
+from .balance import Routing
 from .layers import DeepseekMLP, DeepseekRMSNorm
 from .moe import DeepseekMoE
+from .recompute import recomputed
 
 
 class DeepseekDecoderLayer(GradientCheckpointingLayer):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`: `[B, S, d] -> [B, S, d]`."""
+
+    recompute: Callable | None = None  # in training, the checkpointing function of the parts that are computed again
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -30,14 +36,19 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        routing: Routing | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        by = self.recompute if self.training else None
+        with recomputed(by, self.input_layernorm, hidden_states) as normed:
+            attended, _ = self.self_attn(
+                normed,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        with recomputed(by, self.post_attention_layernorm, hidden_states) as normed:
+            shared = (routing,) if isinstance(self.mlp, DeepseekMoE) else ()
+            return hidden_states + self.mlp(normed, *shared)

@@ -1,5 +1,8 @@
 """Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
+import math
+import re
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -46,26 +49,43 @@ def dequantize(
         result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
         return result if out is None else out.copy_(result)
     result = torch.empty(weight.shape, dtype=dtype) if out is None else out
-    bits = weight.view(torch.int8)
-    codes = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=torch.int16)
-    values = torch.empty(codes.shape)  # both of a size that the processor's cache holds, and allocated once
+    quick = weight.dtype == torch.float8_e4m3fn and not torch.compiler.is_compiling()
     for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
         part = slice(block * rows, (block + 1) * rows)
-        count = len(bits[part])
-        result[part] = _times(weight[part], bits[part], spread, codes[:count], values[:count])
+        if not (quick and _multiply(weight[part], spread, result[part])):
+            result[part] = weight[part].float() * spread
     return result
 
 
-def _times(weight, bits, spread, codes, values) -> torch.Tensor:
-    """`weight.float() * spread` on a CPU, whose own cast from FP8 takes several times as long.
+def _multiply(weight: torch.Tensor, spread: torch.Tensor, out: torch.Tensor) -> bool:
+    """`out = weight.float() * spread` on a CPU, whose own cast from E4M3 takes many times as long; False where that cast must do.
 
-    E4M3 `bits`, moved up by 7, are the fp16 bits of the value times 2^-8 (biases 7 and 15); only its NaN has no such form,
-    and a scale that 2^8 makes infinite. `codes` and `values` are overwritten.
+    The bits of E4M3, moved up by 7, are those of the value times 2^-8 in fp16 (biases 7 and 15). Left to the cast are its NaN,
+    which has no such form, and a scale that 2^8 makes infinite.
     """
-    if weight.dtype != torch.float8_e4m3fn or spread.max() >= 2.0**120 or (bits & 0x7F).max() == 0x7F:
-        return weight.float() * spread
+    bits = weight.view(torch.int8)
+    if torch.bitwise_and(bits, 0x7F, out=scratch(bits.shape, torch.int8)).max() == 0x7F or spread.max() >= 2.0**120:
+        return False
+    codes = scratch(bits.shape, torch.int16)
     codes.copy_(bits).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    return values.copy_(codes.view(torch.float16)).mul_(spread * 256)
+    values = out if out.dtype == torch.float32 else scratch(bits.shape, torch.float32)
+    values.copy_(codes.view(torch.float16))
+    values.mul_(spread * 256)
+    if values is not out:
+        out.copy_(values)
+    return True
+
+
+_held = threading.local()
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """CPU memory of this thread that its next call gets again: fresh memory takes longer than what is done with it."""
+    size = math.prod(shape)
+    if size > len(_held.__dict__.get(dtype, ())):
+        with torch.inference_mode(False):  # or nothing could be written there outside of it
+            _held.__dict__[dtype] = torch.empty(size, dtype=dtype)
+    return _held.__dict__[dtype][:size].view(shape)
 
 
 def quantize(
@@ -120,7 +140,7 @@ def dequantized_pieces(
     step = max(1, PIECE // (rows * weight.shape[1]))  # in blocks
     buffer = None
     if weight.device.type == "cpu":
-        buffer = torch.empty(min(step * rows, weight.shape[0]), weight.shape[1], dtype=dtype)
+        buffer = scratch((min(step * rows, weight.shape[0]), weight.shape[1]), dtype)
     for block in range(0, scale.shape[0], step):
         part = slice(block * rows, (block + step) * rows)
         own = weight[part]
@@ -178,6 +198,14 @@ class _KeepsFP8:
     ue8m0: bool  # whether activations that are rounded to FP8 get scales that are powers of two
     compute_dtype: torch.dtype = torch.float32  # of the model; PEFT gives its adapters this one, not the weight's
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """`load_state_dict` copies bytes: a plain weight would be cast to FP8 beside the scales of another."""
+        for name, held in self._parameters.items():
+            found = state_dict.get(prefix + name)
+            if found is not None and name != "bias" and found.dtype != held.dtype:
+                error_msgs.append(_other_dtype(prefix + name, state_dict.pop(prefix + name), held))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def _apply(self, fn, recurse=True):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         held = (*self._parameters.items(), *self._buffers.items())
@@ -188,6 +216,10 @@ class _KeepsFP8:
             if moved.dtype != data.dtype:
                 moved.data = data.to(moved.device)
         return self
+
+
+def _other_dtype(key: str, found: torch.Tensor, held: torch.Tensor) -> str:
+    return f"dtype mismatch for {key}: {found.dtype}, the model keeps it in {held.dtype}; call dequantize_fp8() of the model first."
 
 
 class FP8Linear(_KeepsFP8, nn.Linear):
@@ -247,6 +279,29 @@ class FP8Experts(_KeepsFP8, nn.Module):
             "down_proj": (self.down_proj[expert], self.down_proj_scale_inv[expert]),
         }
 
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """`load_state_dict` takes per-expert keys as well, all of them or, from one shard of many, some: Trainer resumes so."""
+        per_expert = re.compile(re.escape(prefix) + rf"(\d+)\.((?:gate|up|down)_proj)\.weight({SCALE_SUFFIX})?")
+        found = {key: match.groups() for key in state_dict if (match := per_expert.fullmatch(key))}
+        taken = 0
+        for key, (expert, name, suffix) in found.items():
+            value = state_dict.pop(key)
+            held = self.weights_of(int(expert))[name][suffix is not None] if int(expert) < self.num_experts else None
+            if held is None or value.shape != held.shape:
+                expected = None if held is None else tuple(held.shape)
+                error_msgs.append(f"size mismatch for {key}: {tuple(value.shape)}, the model has {expected}.")
+            elif suffix is None and value.dtype != held.dtype:
+                error_msgs.append(_other_dtype(key, value, held))
+            else:
+                held.copy_(value)
+                taken += 1
+        if taken == 6 * self.num_experts:  # all that there is: none of the fused ones is missing
+            state_dict |= {
+                prefix + name: tensor.data for name, tensor in (*self._parameters.items(), *self._buffers.items())
+            }
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     def dequantized(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """All of "gate_up_proj" or "down_proj" in `dtype`."""
         kinds = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
@@ -269,9 +324,10 @@ class FP8Experts(_KeepsFP8, nn.Module):
                 "fp8_weights='dequantize', or leave the experts out. LoRA works on them, injected into the model as a whole."
             )
         output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:  # served elsewhere, under expert parallelism
-                continue
+        chosen = [
+            expert for expert in top_k_index.unique().tolist() if expert != self.num_experts
+        ]  # that: served elsewhere
+        for expert in chosen or [0]:  # on no tokens, where there are none: adapters get their gradients
             rows, place = (top_k_index == expert).nonzero(as_tuple=True)
             product = {name: (*pair, self.block_size, self.ue8m0) for name, pair in self.weights_of(expert).items()}
             x = hidden_states[rows]

@@ -1,6 +1,7 @@
 """How a block-FP8 checkpoint is read: its config, its scales, and its tensors one at a time, dequantised or as they are."""
 
 import copy
+import json
 import re
 from collections.abc import Iterable
 
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, is_peft_available, logging
 
 from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, dequantize
 from .ops import gpu_multiplies_fp8
@@ -174,21 +175,23 @@ def dequantized_state_dict(files: list[str], block_size: tuple[int, int], dtype:
 
 
 def without_fp8(config_class, path, config, kwargs: dict):
-    """The config to load `path` with: for a block-FP8 checkpoint a copy without `quantization_config`, else `config` itself."""
+    """The config to load `path` with: for a block-FP8 checkpoint a copy without `quantization_config`, else `config` itself.
+
+    Where `path` is an adapter, which has no config.json, the checkpoint is the one that it was trained on.
+    """
     if "quantization_config" in kwargs or kwargs.get("state_dict") is not None or path is None:
         return config
     if not isinstance(config, PreTrainedConfig):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        try:
-            stored, _ = PreTrainedConfig.get_config_dict(path if config is None else config, **hub)
-        except OSError:  # no config here: an adapter's folder, or transformers says what is wrong
-            return config
+        source = path if config is None else config
+        stored = _stored_config(source, hub)
+        if not stored and is_peft_available():  # an adapter has none
+            source = _base_of_adapter(source, hub) or source
+            stored = _stored_config(source, hub)
         if "quantization_config" not in stored:
             return config
         kept = {name: kwargs.pop(name) for name in LOADING_ARGUMENTS if name in kwargs}
-        config, unused = config_class.from_pretrained(
-            path if config is None else config, return_unused_kwargs=True, **{**kwargs, **hub}
-        )
+        config, unused = config_class.from_pretrained(source, return_unused_kwargs=True, **{**kwargs, **hub})
         kwargs.clear()
         kwargs.update({**unused, **kept, **hub})
     config = copy.deepcopy(config)
@@ -197,6 +200,23 @@ def without_fp8(config_class, path, config, kwargs: dict):
         config._fp8_block_size = block_size
         config.dtype = config.dtype or torch.bfloat16
     return config
+
+
+def _stored_config(source, hub: dict) -> dict:
+    """The fields of the config.json in `source`; empty where there is none, of which transformers says what is wrong."""
+    try:
+        return PreTrainedConfig.get_config_dict(source, **hub)[0]
+    except OSError:
+        return {}
+
+
+def _base_of_adapter(path, hub: dict) -> str | None:
+    """What the adapter in `path` (a folder, or an id on the Hub) says that it was trained on; `None` where there is none."""
+    file = find_adapter_config_file(path, **hub)
+    if file is None:
+        return None
+    with open(file, encoding="utf-8") as stream:
+        return json.load(stream).get("base_model_name_or_path")
 
 
 def _take_fp8_config(config) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .fp8 import FP8Experts
+from .fp8 import FP8Experts, FP8Linear
 from .moe import DeepseekExperts
 from .router import DeepseekTopkRouter
 
@@ -104,6 +104,8 @@ def name_lora_targets(model: PreTrainedModel, config) -> None:
     aliases = _aliases(modules)
     if not config.inference_mode:  # an adapter of elsewhere may name more than is there
         _check_every_name(model, config, [*modules, *aliases], parameters)
+    if _is_all_linear(config):
+        _exclude_heads(config, modules)
     named = _named_aliases(config, aliases)
     _check_pairs(named)
     chosen = {aliases[alias] for alias in named}
@@ -115,6 +117,8 @@ def name_lora_targets(model: PreTrainedModel, config) -> None:
     _leave_out_what_is_no_layer(config, modules)
     if any(isinstance(modules[parameters[path]], FP8Experts) for path in chosen | given):
         config._register_custom_module({FP8Experts: _lora_of_kept_experts()})
+    if any(isinstance(module, FP8Linear) for module in modules.values()):
+        config._register_custom_module({FP8Linear: _lora_of_kept_linear()})
 
 
 def _modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -145,6 +149,15 @@ def _is_all_linear(config) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
+def _exclude_heads(config, modules: dict[str, nn.Module]) -> None:
+    """Of the heads PEFT knows the language model's alone."""
+    heads = sorted({"score", "qa_outputs"} & modules.keys())
+    if heads and isinstance(config.exclude_modules, str):
+        config.exclude_modules = rf"(?:{config.exclude_modules})|{'|'.join(heads)}"
+    elif heads:
+        config.exclude_modules = {*(config.exclude_modules or ()), *heads}
+
+
 def _named_aliases(config, aliases: dict[str, str]) -> set[str]:
     peft = importlib.import_module("peft.tuners.tuners_utils")
     if config.target_modules is None:
@@ -152,7 +165,16 @@ def _named_aliases(config, aliases: dict[str, str]) -> set[str]:
     if _is_all_linear(config):
         config = copy.copy(config)
         config.target_modules = {alias for alias, path in aliases.items() if not path.endswith(".weight")}
-    return {alias for alias in aliases if peft.check_target_module_exists(config, alias)}
+    found = {alias for alias in aliases if peft.check_target_module_exists(config, alias)}
+    excluded = config.exclude_modules or ()
+    if isinstance(excluded, str):
+        return {alias for alias in found if not any(re.fullmatch(excluded, path) for path in _paths(alias, aliases))}
+    return {alias for alias in found if not any(_ends_with_any(path, excluded) for path in _paths(alias, aliases))}
+
+
+def _paths(alias: str, aliases: dict[str, str]) -> tuple[str, ...]:
+    """By what a user may leave it out: its path, that of the parameter, and that of the module."""
+    return alias, aliases[alias], aliases[alias].rpartition(".")[0]
 
 
 def _check_every_name(model: nn.Module, config, paths: list[str], parameters: Iterable[str]) -> None:
@@ -200,6 +222,11 @@ def _check_parameters(config, owners: dict[str, nn.Module]) -> None:
                 f"set it to {possible!r}, or leave routed experts and router out of the targets, as lora_targets('attention') "
                 "and lora_targets('mlp') do."
             )
+    if owners and config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} works on linear layers, and the targets name {min(owners)}, which is "
+            "none: set it to True, or leave routed experts and router out of the targets."
+        )
 
 
 def _widen_pairs(config, named: set[str], aliases: dict[str, str]) -> None:
@@ -208,10 +235,24 @@ def _widen_pairs(config, named: set[str], aliases: dict[str, str]) -> None:
     pairs = {alias: aliases[alias] for alias in sorted(named) if alias.endswith(".gate_proj")}
     if not pairs or any(pattern_key(config.rank_pattern, fused) in config.rank_pattern for fused in pairs.values()):
         return  # nothing to say, or said already: by the user, or before the adapter was saved
-    for patterns, value in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha)):
-        own = {fused: key for alias, fused in pairs.items() if (key := pattern_key(patterns, alias)) in patterns}
-        patterns.update({re.escape(fused): 2 * patterns[key] for fused, key in own.items()})
-        patterns[r".*\.gate_up_proj"] = 2 * value
+    wider = 2**0.5 if config.use_rslora else 2  # which divides by the root of the rank
+    for patterns, value, factor in (
+        (config.rank_pattern, config.r, 2),
+        (config.alpha_pattern, config.lora_alpha, wider),
+    ):
+        own = {}
+        for alias, fused in pairs.items():
+            both = (alias, alias.removesuffix("gate_proj") + "up_proj")
+            said = {patterns[key] for each in both if (key := pattern_key(patterns, each)) in patterns}
+            if len(said) > 1:
+                raise ValueError(
+                    f"rank_pattern or alpha_pattern says {sorted(said)} for gate_proj and up_proj of {fused}, which are one "
+                    "weight: give both the same."
+                )
+            if said:
+                own[re.escape(fused)] = factor * said.pop()
+        patterns.update(own)
+        patterns[r".*\.gate_up_proj"] = factor * value
 
 
 def _shortest(chosen: set[str], parameters: Iterable[str]) -> set[str]:
@@ -280,10 +321,30 @@ def _lora_of_kept_experts() -> type[nn.Module]:
 
         def merge(self, *args, **kwargs) -> None:
             if isinstance(self.get_base_layer(), FP8Experts):
-                raise ValueError(
-                    "The experts are kept in FP8, into which an adapter does not merge: call dequantize_fp8() of the model first, "
-                    "or load it with fp8_weights='dequantize'."
-                )
+                raise ValueError("The experts are kept in FP8, " + _NO_MERGE)
             super().merge(*args, **kwargs)
 
     return ParamWrapper
+
+
+_NO_MERGE = (
+    "into which an adapter does not merge: call dequantize_fp8() of the model first, or load it with "
+    "fp8_weights='dequantize'."
+)
+
+
+@functools.cache
+def _lora_of_kept_linear() -> type[nn.Module]:
+    """PEFT's adapter of a linear layer, which says so when it cannot be merged into a weight that is kept in FP8."""
+    base = importlib.import_module("peft.tuners.lora.layer").Linear
+
+    class Linear(base):  # PEFT knows its wrappers by this name
+        def __init__(self, *args, parameter_name: str | None = None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+        def merge(self, *args, **kwargs) -> None:
+            if isinstance(self.get_base_layer(), FP8Linear):
+                raise ValueError("The weights are kept in FP8, " + _NO_MERGE)
+            super().merge(*args, **kwargs)
+
+    return Linear

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -24,21 +24,19 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .balance import Routing, new_routing, share_of_step
+from .balance import Routing, new_routing, share_of_step, targets_of
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
+from .loss import causal_lm_loss, loss_of_states, shifted
 from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
-from .router import DeepseekTopkRouter
 from .speculative import MTPGenerationMixin
 
 logger = logging.get_logger(__name__)
-
-MTP_LOSS_ROWS = 512  # tokens whose MTP logits exist at a time: 0.26 GB in fp32 for DeepSeek-V3's vocabulary
 
 
 @dataclass
@@ -90,9 +88,21 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        under_head: bool = False,
+        routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
-        """Arguments as in every decoder of transformers; `last_hidden_state` `[B, S, d]` is behind the final norm."""
+        """Arguments as in every decoder of transformers; `last_hidden_state` `[B, S, d]` is behind the final norm.
+
+        `under_head`: the caller is a causal model, which sees to the MTP layers and balance losses itself, for which it may
+        give the `routing` of this pass.
+        """
+        if not under_head and self._leaves_losses_out():
+            logger.warning_once(
+                "This forward in training mode ends at the decoder, as in TRL's trainers: MTP layers are not trained and balance "
+                "losses not added, as forward(labels=...) of the causal model does. For SFTTrainer, training.ModelLossMixin of "
+                "modeling_deepseek does the same; config.mtp_loss_weight = 0 and balance factors of 0 say that this is meant."
+            )
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -118,6 +128,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                routing=routing,
                 **kwargs,
             )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -161,6 +172,18 @@ class DeepseekModel(DeepseekPreTrainedModel):
             depths.append(hidden_states)
         return depths
 
+    def _leaves_losses_out(self) -> bool:
+        """Whether a loss that is made of `last_hidden_state` alone lacks what the config asks for."""
+        balance = self.training and torch.is_grad_enabled() and any(self.config.balance_factors)
+        return balance or self._mtp_is_left_untrained()
+
+    def _mtp_is_left_untrained(self) -> bool:
+        """Whether a forward in training mode without labels passes over MTP layers that are meant to learn."""
+        if not (self.training and torch.is_grad_enabled() and self.config.mtp_loss_weight):
+            return False
+        layers = self.layers[self.config.num_hidden_layers :]
+        return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
     def _warn_beyond_positions(self, length: int, position_ids: torch.Tensor | None) -> None:
         limit = self.config.max_position_embeddings
         if length > limit and (position_ids is None or position_ids.max() >= limit):
@@ -184,7 +207,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         self.model = self._model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._shares = False  # whether the routers have what a forward pass shares
         self.post_init()
 
     @can_return_tuple
@@ -211,11 +233,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         """
         weight = self.config.mtp_loss_weight if self.training and labels is not None else 0
         mtp = self.config.num_nextn_predict_layers > 0 and (weight > 0 or output_mtp_logits)
-        if weight == 0 and self._mtp_is_left_untrained():
+        if labels is None and self.model._leaves_losses_out():
             logger.warning_once(
                 "The MTP layers are trained by forward(labels=...), and this forward in training mode has none, as under Trainer's "
-                "label_smoothing_factor and compute_loss_func: they stay as they are. config.mtp_loss_weight = 0 says that this "
-                "is meant."
+                "label_smoothing_factor and compute_loss_func: they stay as they are, and no balance loss is added. "
+                "config.mtp_loss_weight = 0 and balance factors of 0 say that this is meant."
             )
         if mtp and past_key_values is not None and int(past_key_values.get_seq_length()):
             raise ValueError(
@@ -225,10 +247,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             )
         factors, routing = self.config.balance_factors, None
         if self.training:
-            if any(factors) or (self.config.n_routed_experts and self.config.moe_capacity_factor):
+            drops = self.config.n_routed_experts and self.config.moe_capacity_factor and past_key_values is None
+            if any(factors) or drops:  # with a cache it is a rollout in training mode, as TRL makes them
                 like = input_ids if inputs_embeds is None else inputs_embeds
                 routing = new_routing(self.config, like, attention_mask, position_ids)
-            self._share(routing)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -236,19 +258,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            under_head=True,
+            routing=routing,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
+        in_pieces = self.training and labels is not None and not self.config.training_logits
+        logits = None if in_pieces else self.lm_head(kept_states(hidden_states, logits_to_keep))
 
         loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
-        if labels is not None:
+        if in_pieces:
+            loss = lm_loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+        elif labels is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         if mtp:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids)
+            depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids, routing=routing)
             if output_mtp_logits:
                 mtp_logits = tuple(map(self.lm_head, depths))
             if labels is not None:
@@ -258,7 +285,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if routing is not None:
             if any(factors):
                 groups = (self.config.n_group or 1, self.config.topk_group or self.config.n_group or 1)
-                parts = routing.losses(self.config.seq_aux, *groups)
+                targets = None if labels is None else targets_of(labels, **kwargs)
+                parts = routing.losses(self.config.seq_aux, *groups, targets)
                 aux_loss = (parts * parts.new_tensor(factors)).sum()
             routing.close()
             if aux_loss is not None and loss is not None:
@@ -282,21 +310,23 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
             aux_loss=aux_loss,
         )
 
-    def _share(self, routing: Routing | None) -> None:
-        """Gives `routing` to all routers; they keep it for the backward pass, where checkpointed layers run again."""
-        if routing is None and not self._shares:
-            return
-        self._shares = routing is not None
-        for module in self.model.modules():
-            if isinstance(module, DeepseekTopkRouter):
-                module.routing = routing
+    @property
+    def loss_function(self):
+        """What was set; else transformers' loss, without logits in fp32 that are all there at once."""
+        chosen = super().loss_function
+        return causal_lm_loss if chosen is ForCausalLMLoss and "_loss_function" not in vars(self) else chosen
 
-    def _mtp_is_left_untrained(self) -> bool:
-        """Whether a forward in training mode without labels passes over MTP layers that are meant to learn."""
-        if not (self.training and torch.is_grad_enabled() and self.config.mtp_loss_weight):
-            return False
-        layers = self.model.layers[self.config.num_hidden_layers :]
-        return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    @loss_function.setter
+    def loss_function(self, value) -> None:
+        self._loss_function = value
+
+    def _loss_in_pieces(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        """The next-token loss of `states` `[B, S, d]`, whose logits nobody wants to see."""
+        ignored = kwargs.get("ignore_index", -100)
+        targets = shifted(labels, ignored) if shift_labels is None else shift_labels
+        items = (targets != ignored).sum() if num_items_in_batch is None else num_items_in_batch
+        kwargs["vocab_size"] = self.config.vocab_size
+        return loss_of_states(self.lm_head, self.loss_function, states, targets.to(states.device), items, **kwargs)
 
     def _mtp_loss(
         self,
@@ -311,8 +341,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
     ) -> tuple[torch.Tensor, ...]:
         """One loss per depth, over the targets that exist: none of or on padding, none in another packed document.
 
-        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made for `MTP_LOSS_ROWS`
-        tokens at a time, once here and once more in the backward pass: the vocabulary is too wide to keep them.
+        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made in pieces: the
+        vocabulary is too wide to keep them.
         """
         ignored, packed = kwargs.pop("ignore_index", -100), None
         if shift_labels is not None:
@@ -321,19 +351,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         if position_ids is not None and attention_mask is None:
             packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
 
-        def rows_loss(logits, targets, items):
-            return self.loss_function(
-                logits=logits,
-                labels=None,
-                vocab_size=self.config.vocab_size,
-                shift_labels=targets,
-                num_items_in_batch=items,
-                **kwargs,
-            )
-
-        def head_loss(states, targets, items):
-            return rows_loss(self.lm_head(states), targets, items)
-
+        kwargs["vocab_size"] = self.config.vocab_size
         losses = []
         for depth, states in enumerate(depths, start=1):
             targets = mtp_targets(labels, depth, packed)
@@ -342,11 +360,11 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 reached = nn.functional.pad(attention_mask[:, depth + 1 :], (0, 1))[:, :width]
                 targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
             items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            if mtp_logits is not None:
-                losses.append(rows_loss(mtp_logits[depth - 1], targets, items))
+            if mtp_logits is None:
+                losses.append(loss_of_states(self.lm_head, self.loss_function, states, targets, items, **kwargs))
                 continue
-            parts = zip(states.flatten(0, 1).split(MTP_LOSS_ROWS), targets.flatten().split(MTP_LOSS_ROWS), strict=True)
-            losses.append(sum(checkpoint(head_loss, *part, items, use_reentrant=False) for part in parts))
+            given = dict(shift_labels=targets, num_items_in_batch=items)
+            losses.append(self.loss_function(logits=mtp_logits[depth - 1], labels=None, **given, **kwargs))
         return tuple(losses)
 
     def add_mtp_layers(self, num_layers: int = 1) -> None:
@@ -367,10 +385,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         for _ in range(num_layers):
             layer = DeepseekMTPLayer(self.config, len(layers)).to(like.device, like.dtype).train(self.training)
             layer.apply(self._init_weights)
-            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func", "recompute"):
                 if name in neighbour:
                     setattr(layer, name, neighbour[name])
+            layer.self_attn.recompute = layer.recompute
             layers.append(layer)
+        for model in (self, self.model):
+            model._no_split_modules.add(DeepseekMTPLayer.__name__)
         self.config.num_nextn_predict_layers += num_layers
 
     @staticmethod

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from .balance import Routing
 from .layers import DeepseekMLP
 from .router import DeepseekTopkRouter
 
@@ -79,8 +80,9 @@ class DeepseekExperts(nn.Module):
         counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
         output = torch.zeros_like(hidden_states)
         start = 0
-        for gate_up, down, count in zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True):
-            if count:
+        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True)
+        for expert, (gate_up, down, count) in enumerate(weights):
+            if count or expert == 0:  # the first also on no tokens: other ranks wait for gradients of all weights
                 rows = tokens[start : start + count]
                 hidden = self._apply_gate(F.linear(hidden_states[rows], gate_up))
                 expert_output = F.linear(hidden, down) * gates[start : start + count]
@@ -102,7 +104,7 @@ class DeepseekMoE(nn.Module):
             width = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = DeepseekMLP(config.hidden_size, width, config.hidden_act, config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        _, gates, chosen = self.gate(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        _, gates, chosen = self.gate(hidden_states, routing)
         routed = self.experts(hidden_states.flatten(0, -2), chosen, gates).view_as(hidden_states)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from .checkpoint import SHARED_MTP_WEIGHTS
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
+from .recompute import recomputed
 
 
 class DeepseekSharedHead(nn.Module):
@@ -28,6 +29,8 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        if config.is_moe_layer(layer_idx):
+            self.mlp.gate.depth = layer_idx - config.num_hidden_layers + 1
         self.enorm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
@@ -41,8 +44,13 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
 
     def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
         """`hidden_states` and the embeddings of the tokens after them, both `[B, S, d]` -> input of the output head `[B, S, d]`."""
-        merged = self.eh_proj(torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1))
+        with recomputed(self.recompute if self.training else None, self.pair, hidden_states, inputs_embeds) as pair:
+            merged = self.eh_proj(pair)
         return self.shared_head(super().forward(merged, **kwargs))
+
+    def pair(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """What `eh_proj` reads, `[B, S, 2d]`."""
+        return torch.cat((self.enorm(inputs_embeds), self.hnorm(hidden_states)), dim=-1)
 
 
 def mtp_targets(labels: torch.Tensor, depth: int, documents: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import (
@@ -35,7 +36,8 @@ from .fp8_checkpoint import dequantized_state_dict, without_fp8
 from .hub import PREFIXES, auto_map_for, code_files, replace_files, write_model_card
 from .lora import NamesLoraTargets, name_lora_targets
 from .moe import DeepseekExperts
-from .precision import dequantize_model, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
+from .precision import dequantize_model, fp8_modules, freeze_fp8, kept_state_dict, quantize_model, with_official_experts
+from .recompute import checkpointing_function
 from .rope import DeepseekRotaryEmbedding
 from .router import DeepseekTopkRouter
 
@@ -99,7 +101,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             init.copy_(module.original_inv_freq, inv_freq)
 
     def post_init(self) -> None:
-        """Keeps of the parallel plans and the fp32 list what this model has: LLM has no experts, V2-Lite no `q_b_proj`."""
+        """Keeps of the parallel plans and other lists what this model has: LLM has no experts, V2-Lite no `q_b_proj`."""
         super().post_init()
         modules, parameters, buffers = self.named_modules(), self.named_parameters(), self.named_buffers()
         names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*modules, *parameters, *buffers)}
@@ -107,6 +109,26 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         self._ep_plan = {pattern: style for pattern, style in self._ep_plan.items() if pattern in names}
         fp32 = self._keep_in_fp32_modules_strict
         self._keep_in_fp32_modules_strict = {kept for kept in fp32 if any(name.endswith(kept) for name in names)}
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}  # FSDP looks for each of them
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs
+    ) -> None:
+        """Behind transformers' functions that turn checkpointing on and off, whatever their version calls them.
+
+        `gradient_checkpointing_kwargs={"mode": "selective"}` computes RMSNorms and MLA up-projections again and keeps the rest
+        (DeepSeek-V3 report, section 3.2.3); "full", as without a mode, computes whole layers again.
+
+        Raises:
+            ValueError: for another mode, and for the selective one with `use_reentrant=True`.
+        """
+        selective, by = checkpointing_function(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, by, **kwargs)
+        for layer in self.modules():
+            if isinstance(layer, DeepseekDecoderLayer):
+                chosen = enable and selective and layer.gradient_checkpointing
+                layer.gradient_checkpointing = layer.gradient_checkpointing and not chosen
+                layer.recompute = layer.self_attn.recompute = by if chosen else None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -207,6 +229,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         `trust_remote_code=True`, `auto_map`, and a model card if there is none. Tensors get their official keys."""
         if not getattr(self, "_hf_peft_config_loaded", False):
             model_type = type(self.config).model_type
+            if not fp8_modules(self) and getattr(self, "hf_quantizer", None) is None:
+                vars(self.config).pop("quantization_config", None)  # of the checkpoint that the config was read from
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **auto_map_for(model_type)}
             state_dict = with_shared_mtp_weights(self, self.state_dict() if state_dict is None else state_dict)
             state_dict = with_official_experts(self, state_dict)

@@ -60,6 +60,9 @@ def gate_values(
 class DeepseekTopkRouter(nn.Module):
     """Router logits, gates and expert choice of `hidden_states` `[..., hidden_size]`; all in fp32 whatever the model's dtype.
 
+    What the routers of one forward pass in training share comes as `routing`: with the call, so that a layer that is computed again
+    has that of its own pass.
+
     Returns:
         `router_logits` `[N, E]`, `topk_weights` `[N, K]` (both fp32) and `topk_indices` `[N, K]`, N tokens in row-major order.
     """
@@ -80,7 +83,7 @@ class DeepseekTopkRouter(nn.Module):
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if self.topk_method == "noaux_tc" else None
         self.register_buffer("e_score_correction_bias", bias)
         self.capacity_factor = config.moe_capacity_factor
-        self.routing: Routing | None = None  # of the forward pass that a training model is in
+        self.depth = 0  # of the MTP layer that it is in, 0 in the main ones
 
     def _apply(self, fn, recurse=True):
         """Moves with the model, and stays in fp32 when this is cast."""
@@ -90,7 +93,9 @@ class DeepseekTopkRouter(nn.Module):
             self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, routing: Routing | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         device = tokens.device.type
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
@@ -102,12 +107,15 @@ class DeepseekTopkRouter(nn.Module):
         gates = gate_values(
             scores, chosen, self.norm_topk_prob, self.routed_scaling_factor, self.scales_normalized_gates
         )
-        if self.routing is not None and self.training:
+        if routing is not None:
             batch = hidden_states.shape[:-1]
-            self.routing.collect(scores.view(*batch, -1), chosen.view(*batch, -1))
-            if self.routing.protected is not None:
-                protected = self.routing.protected[:, None].expand(batch).flatten()
-                seen = self.routing.seen(batch[1])
+            if routing.open:
+                # V3's loss counts the best scores themselves, without bias and limit of groups (report, equation 18)
+                best = scores.detach().topk(self.top_k, dim=-1).indices if self.topk_method == "noaux_tc" else chosen
+                routing.collect(*(each.view(*batch, -1) for each in (scores, chosen, best)), self.depth)
+            if routing.protected is not None:
+                protected = routing.protected[:, None].expand(batch).flatten()
+                seen = routing.seen(batch[1], self.depth)
                 stay = torch.ones_like(chosen, dtype=torch.bool)
                 stay[seen] = within_capacity(
                     scores.detach()[seen], chosen[seen], protected[seen], self.n_group, self.capacity_factor
