@@ -1,7 +1,5 @@
 """Load of the experts: the balance losses, token dropping, and what the routers of one forward pass leave behind."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -108,23 +106,22 @@ def seen_tokens(ids: torch.Tensor, width: int, depth: int = 0) -> torch.Tensor:
     return ((ids == further) & (ids >= 0))[:, :width].flatten()
 
 
-@dataclass
 class Routing:
     """What the routers of one forward pass share. It collects while `open`; a recomputed forward finds it closed.
+
+    No dataclass: FSDP makes copies of those that are arguments of a layer, and what a copy collects is lost.
 
     ids `[B, S]`: `sequence_ids` of its tokens.
     padded: whether there is padding among them.
     protected `[B]`: sequences of which no token is dropped, or `None` where nothing is.
     """
 
-    ids: torch.Tensor
-    padded: bool
-    protected: torch.Tensor | None = None
-    open: bool = True
-    scores: list[torch.Tensor] = field(default_factory=list)
-    chosen: list[torch.Tensor] = field(default_factory=list)
-    best: list[torch.Tensor] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
+    def __init__(self, ids: torch.Tensor, padded: bool, protected: torch.Tensor | None = None):
+        self.ids, self.padded, self.protected, self.open = ids, padded, protected, True
+        self.scores: list[torch.Tensor] = []
+        self.chosen: list[torch.Tensor] = []
+        self.best: list[torch.Tensor] = []
+        self.depths: list[int] = []
 
     def collect(self, scores: torch.Tensor, chosen: torch.Tensor, best: torch.Tensor, depth: int) -> None:
         """Takes `[B, S', E]` and twice `[B, S', K]` of a router, with S' smaller at the MTP depths."""
