@@ -23,9 +23,7 @@ class Function(NamedTuple):
 def arguments(description: str, steps: int, learning_rate: float, **flags: str) -> argparse.Namespace:
     """The flags of every example, and switches that `flags` explain; seeds everything."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--model", default=str(TINY), help="Hub id or folder (default: the small model beside this file)"
-    )
+    parser.add_argument("--model", default=str(TINY), help="Hub id or folder (default: the small model beside this)")
     parser.add_argument("--steps", type=int, default=steps, help=f"optimiser steps ({steps})")
     parser.add_argument(
         "--learning-rate", type=float, default=learning_rate, help=f"{learning_rate:g} suits the small model only"
@@ -37,6 +35,7 @@ def arguments(description: str, steps: int, learning_rate: float, **flags: str) 
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=explanation)
     args = parser.parse_args()
     set_seed(args.seed)
+    assert args.steps > 0, f"--steps {args.steps} must be positive"
     return args
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensorMode
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from modeling_deepseek.fp8 import dequantize
@@ -84,6 +86,19 @@ def test_memory_that_is_used_again_belongs_to_one_thread_and_no_mode():
         for weight, scale, found in zip(weights, scales, pool.map(both, weights, scales), strict=True):
             expected = values_of(weight, scale, (128, 128)).bfloat16()
             assert all(torch.equal(each, expected) for each in found)
+
+
+def test_memory_that_is_used_again_is_real_and_on_the_cpu():
+    weight, scale = torch.randn(300, 260).to(torch.float8_e4m3fn), torch.rand(3, 3)
+
+    def mixed():
+        with FakeTensorMode(allow_non_fake_inputs=True), suppress(Exception):
+            dequantize(torch.empty(300, 260, dtype=torch.float8_e4m3fn), torch.empty(3, 3), dtype=torch.bfloat16)
+        with torch.device("meta"):
+            return dequantize(weight, scale, dtype=torch.bfloat16)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(mixed).result(), values_of(weight, scale, (128, 128)).bfloat16())
 
 
 def test_ue8m0_scales_are_powers_of_two_and_read_alike():

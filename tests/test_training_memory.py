@@ -1,6 +1,7 @@
 """What training keeps in memory: selective recomputation, the loss in pieces, and gradients of experts without tokens."""
 
 import copy
+import gc
 import socket
 from collections import Counter
 
@@ -241,6 +242,75 @@ def test_a_batch_without_targets_has_the_loss_of_transformers():
     assert loss.causal_lm_loss(logits, labels, 97, num_items_in_batch=3) == 0
 
 
+@pytest.mark.parametrize("options", [{}, dict(num_items_in_batch=0), dict(num_items_in_batch=torch.tensor(0))])
+@pytest.mark.parametrize("family", ["v2", "v3"])
+def test_a_batch_without_targets_moves_no_weight(family, options):
+    depth = dict(num_nextn_predict_layers=1) if family == "v3" else dict(aux_loss_alpha=0.1)
+    for training_logits in (True, False):
+        model = tiny_model(family, training_logits=training_logits, **depth).train()
+        ids = tiny_tokens(model.config)
+        model(ids, labels=torch.full_like(ids, -100), use_cache=False, **options).loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
+def test_logits_without_a_target_do_not_matter(value):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 6, 11), torch.randint(1, 11, (1, 6))
+    labels[0, 3], logits[0, 2] = -100, value
+    logits[0, :, 0] = float("-inf")  # a token that is suppressed
+    found = []
+    for function in (loss.causal_lm_loss, ForCausalLMLoss):
+        own = logits.clone().requires_grad_()
+        value = function(own, labels, 11)
+        found.append((value, *torch.autograd.grad(value, own)))
+    (loss_of_ours, ours), (loss_of_theirs, theirs) = found
+    torch.testing.assert_close(loss_of_ours, loss_of_theirs)
+    assert not ours[0, 2].any()  # where transformers' own may have NaN
+    seen = torch.arange(6) != 2
+    torch.testing.assert_close(ours[:, seen], theirs[:, seen])
+
+
+def test_a_graph_that_is_dropped_leaves_nothing():
+    model = tiny_model("v3", num_nextn_predict_layers=1).train()
+    model.gradient_checkpointing_enable({"mode": "selective"})
+    ids, left = tiny_tokens(model.config), []
+    for _ in range(3):
+        model(ids, labels=ids, use_cache=False).loss  # noqa: B018
+        gc.collect()
+        left.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert left[1] == left[2]
+
+
+def test_a_loss_function_of_whole_rows_is_the_main_loss_alone():
+    def own(logits, labels, vocab_size, **kwargs):
+        return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
+
+    expected = None
+    for function in (None, own):
+        model = tiny_model("v3", num_nextn_predict_layers=1).train()
+        if function:
+            model.loss_function = function
+        ids = tiny_tokens(model.config)
+        output = model(ids, labels=ids, use_cache=False)
+        expected = output if expected is None else expected
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(output.mtp_loss, expected.mtp_loss)
+    model.config.training_logits = False
+    with pytest.raises(ValueError, match="takes no shift_labels.*set training_logits to True"):
+        model(ids, labels=ids, use_cache=False)
+
+
+def test_logits_to_keep_mean_the_same_in_pieces():
+    found = []
+    for training_logits in (True, False):
+        model = tiny_model("llm", training_logits=training_logits).train()
+        ids = tiny_tokens(model.config)
+        found.append(model(ids, labels=ids[:, -3:], logits_to_keep=3, use_cache=False).loss)
+    torch.testing.assert_close(*found)
+
+
 def test_a_label_outside_of_the_vocabulary_is_an_error():
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         loss.causal_lm_loss(torch.randn(1, 5, 97), torch.full((1, 5), 97), 97)
@@ -260,7 +330,7 @@ def test_without_training_logits_loss_and_gradients_are_the_same(options, pieces
 def test_a_loss_function_that_was_set_is_called(monkeypatch):
     asked = []
 
-    def ours(logits, labels, **kwargs):
+    def ours(logits, labels, shift_labels=None, **kwargs):
         asked.append(logits)
         return logits.float().square().mean()
 
