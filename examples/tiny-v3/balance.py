@@ -190,4 +190,4 @@ def share_of_step(labels: torch.Tensor, num_items_in_batch=None, **kwargs) -> to
     """How much of an optimiser step these `labels` are: balance losses of its parts are weighted by their targets."""
     if num_items_in_batch is None:
         return 1.0
-    return targets_of(labels, **kwargs).sum() / num_items_in_batch
+    return targets_of(labels, **kwargs).sum() / (num_items_in_batch + (num_items_in_batch == 0))

@@ -48,8 +48,9 @@ def dequantize(
         spread = scale.repeat_interleave(rows, 0)[: weight.shape[0]]
         result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
         return result if out is None else out.copy_(result)
-    result = torch.empty(weight.shape, dtype=dtype) if out is None else out
-    quick = weight.dtype == torch.float8_e4m3fn and not torch.compiler.is_compiling()
+    result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
+    real = type(weight.detach()) is torch.Tensor and not torch.compiler.is_compiling()
+    quick = real and weight.dtype == torch.float8_e4m3fn
     for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
         part = slice(block * rows, (block + 1) * rows)
         if not (quick and _multiply(weight[part], spread, result[part])):
@@ -84,7 +85,10 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape)
     if size > len(_held.__dict__.get(dtype, ())):
         with torch.inference_mode(False):  # or nothing could be written there outside of it
-            _held.__dict__[dtype] = torch.empty(size, dtype=dtype)
+            new = torch.empty(size, dtype=dtype, device="cpu")
+        if type(new) is not torch.Tensor:  # under a mode that pretends
+            return new.view(shape)
+        _held.__dict__[dtype] = new
     return _held.__dict__[dtype][:size].view(shape)
 
 

@@ -26,18 +26,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for own, out in zip(logits.split(ctx.rows), spread.split(ctx.rows), strict=True):
             torch.logsumexp(own.float(), dim=-1, keepdim=True, out=out)
         ctx.save_for_backward(logits, targets, seen, spread)
-        return ((spread - logits.gather(1, targets).float()).squeeze(1) * seen).sum()
+        return torch.where(seen, (spread - logits.gather(1, targets).float()).squeeze(1), 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
         logits, targets, seen, spread = ctx.saved_tensors
         result = torch.empty_like(logits)
-        weight, minus = (seen * gradient).unsqueeze(1), gradient.new_full((), -1.0)
-        pieces = (tensor.split(ctx.rows) for tensor in (logits, targets, weight, spread, result))
-        for own, target, factor, total, out in zip(*pieces, strict=True):
+        # rows without a target have a gradient of 0, whatever their logits and however few targets the others have
+        seen, minus = seen.unsqueeze(1), gradient.new_full((), -1.0)
+        weight = torch.where(seen, gradient, 0.0)
+        pieces = (tensor.split(ctx.rows) for tensor in (logits, targets, seen, weight, spread, result))
+        for own, target, has_target, factor, total, out in zip(*pieces, strict=True):
             probs = torch.sub(own.float(), total, out=out if out.dtype == torch.float32 else None).exp_()
-            probs.scatter_add_(1, target, minus.expand_as(target)).mul_(factor)
+            probs.scatter_add_(1, target, minus.expand_as(target)).mul_(factor).masked_fill_(~has_target, 0.0)
             if probs is not out:
                 out.copy_(probs)
         return result, None, None
@@ -55,7 +57,7 @@ def causal_lm_loss(
     """transformers' `ForCausalLMLoss`, arguments and result, with logits converted to fp32 in pieces, forward and backward.
 
     Instead of two copies of `logits` `[B, S, V]` in fp32 there is their gradient, in their dtype. What torch.compile compiles
-    is transformers' own.
+    is transformers' own. There is no second derivative: `model.loss_function = ForCausalLMLoss` has one.
     """
     if torch.compiler.is_compiling():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)

@@ -268,7 +268,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
 
         loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
         if in_pieces:
-            loss = lm_loss = self._loss_in_pieces(hidden_states, labels, **kwargs)
+            kept = kept_states(hidden_states, logits_to_keep)
+            loss = lm_loss = self._loss_in_pieces(kept, labels, **kwargs)
         elif labels is not None:
             loss = lm_loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
@@ -326,7 +327,17 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         targets = shifted(labels, ignored) if shift_labels is None else shift_labels
         items = (targets != ignored).sum() if num_items_in_batch is None else num_items_in_batch
         kwargs["vocab_size"] = self.config.vocab_size
+        if self._loss_of_rows() is not self.loss_function:
+            raise ValueError(
+                f"config.training_logits is False, and the model's loss function, {self.loss_function}, takes no shift_labels, so "
+                "that it cannot be computed in pieces: set training_logits to True."
+            )
         return loss_of_states(self.lm_head, self.loss_function, states, targets.to(states.device), items, **kwargs)
+
+    def _loss_of_rows(self):
+        """The loss function where it takes logits and targets that lie behind each other; else cross entropy."""
+        chosen = self.loss_function
+        return chosen if "shift_labels" in inspect.signature(chosen).parameters else causal_lm_loss
 
     def _mtp_loss(
         self,
@@ -361,10 +372,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
                 targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
             items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             if mtp_logits is None:
-                losses.append(loss_of_states(self.lm_head, self.loss_function, states, targets, items, **kwargs))
+                losses.append(loss_of_states(self.lm_head, self._loss_of_rows(), states, targets, items, **kwargs))
                 continue
             given = dict(shift_labels=targets, num_items_in_batch=items)
-            losses.append(self.loss_function(logits=mtp_logits[depth - 1], labels=None, **given, **kwargs))
+            losses.append(self._loss_of_rows()(logits=mtp_logits[depth - 1], labels=None, **given, **kwargs))
         return tuple(losses)
 
     def add_mtp_layers(self, num_layers: int = 1) -> None:

@@ -6,6 +6,9 @@ from functools import partial
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MODES = ("full", "selective")
 
@@ -55,7 +58,7 @@ class _Recipe:
     def pack(self, tensor: torch.Tensor):
         place = self.places.get(tensor.untyped_storage().data_ptr())
         if place is None:
-            return tensor
+            return tensor.detach()  # itself, it may be what the step gives, and hold the step that holds it
         self.uses += 1
         return place, tensor.size(), tensor.stride(), tensor.storage_offset()
 
@@ -84,6 +87,11 @@ def recomputed(by: Callable | None, function: Callable, *inputs: torch.Tensor) -
     if by is None:
         yield function(*inputs)
         return
+    if torch.is_autocast_enabled(inputs[0].device.type):
+        logger.warning_once(
+            "Selective recomputation saves little under autocast, which keeps its own copies of what is recomputed: load the "
+            'model in bfloat16, or take {"mode": "full"}.'
+        )
     single = False
 
     def remembered(*inputs):
