@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .ops import block_scaled_product, has_fast_gemm, multiplies_fp8
+from .ops import block_scaled_product, dequantize_in_c, dequantizing_product, has_fast_gemm, multiplies_fp8
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
 DEFAULT_BLOCK = (128, 128)
@@ -49,6 +49,8 @@ def dequantize(
         result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
         return result if out is None else out.copy_(result)
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
+    if dequantize_in_c(weight, scale, block_size, result):
+        return result
     real = type(weight.detach()) is torch.Tensor and not torch.compiler.is_compiling()
     quick = real and weight.dtype == torch.float8_e4m3fn
     for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
@@ -163,6 +165,9 @@ class _BlockScaledProduct(torch.autograd.Function):
         ctx.block_size = block_size
         if multiplies_fp8(weight, block_size):
             return block_scaled_product(x, weight, scale, block_size, ue8m0)
+        output = dequantizing_product(x, weight, scale, block_size)
+        if output is not None:
+            return output
         output, compute = x.new_empty((*x.shape[:-1], weight.shape[0])), _compute_dtype(x)
         x = x.to(compute)
         for part, piece in dequantized_pieces(weight, scale, block_size, compute):

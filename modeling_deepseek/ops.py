@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from .cpu_kernels import available as cpu_kernels_available
+from .cpu_kernels import dequantize as cpu_dequantize
+from .cpu_kernels import product as cpu_product
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 
@@ -12,7 +15,11 @@ SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
     if not (_ONEDNN and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 }
-FP8_PRODUCT = "auto"  # or "kernel", "dequantize": how a block-FP8 weight is multiplied; set it to choose
+FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
+C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
+C_MAX_TOKENS = (
+    8  # measured: the C product is faster than dequantising and a matrix product up to 8 tokens, slower from 16
+)
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -147,8 +154,8 @@ def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
     Raises:
         ValueError: for another `FP8_PRODUCT`, and for "kernel" where there is none.
     """
-    if FP8_PRODUCT not in ("auto", "kernel", "dequantize"):
-        raise ValueError(f"FP8_PRODUCT is 'auto', 'kernel' or 'dequantize', got {FP8_PRODUCT!r}.")
+    if FP8_PRODUCT not in ("auto", "kernel", "c", "dequantize"):
+        raise ValueError(f"FP8_PRODUCT is 'auto', 'kernel', 'c' or 'dequantize', got {FP8_PRODUCT!r}.")
     fits = AVAILABLE and weight.dtype == torch.float8_e4m3fn and block_size[1] == GROUP
     if FP8_PRODUCT == "kernel" and not fits:
         raise ValueError(
@@ -158,6 +165,46 @@ def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
     if FP8_PRODUCT != "auto":
         return FP8_PRODUCT == "kernel"
     return fits and weight.device.type == "cuda" and gpu_multiplies_fp8(weight.device)
+
+
+def dequantizes_in_c(weight: torch.Tensor) -> bool:
+    """Whether this FP8 weight is one for the C kernels: on a CPU, large, and real (no tracing, no fake tensors).
+
+    Raises:
+        ValueError: for `FP8_PRODUCT` "c" where there is no compiler.
+    """
+    if FP8_PRODUCT not in ("auto", "c") or torch.compiler.is_compiling() or type(weight.detach()) is not torch.Tensor:
+        return False
+    fits = weight.dtype == torch.float8_e4m3fn and weight.device.type == "cpu" and weight.stride(-1) == 1
+    if FP8_PRODUCT == "c":
+        if not cpu_kernels_available():
+            raise ValueError("FP8_PRODUCT = 'c' wants a C compiler: install one, or leave it at 'auto'.")
+        return fits
+    return fits and weight.numel() >= C_MIN_WEIGHTS and cpu_kernels_available()
+
+
+def dequantizing_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
+) -> torch.Tensor | None:
+    """`x` `[..., n]` times the dequantised weight `[m, n]`, summed in fp32, in one pass over the weight; `[..., m]` like `x`.
+
+    `None` where that is not the way to do it: elsewhere than on a CPU, for many tokens, for weights as [`dequantizes_in_c`] says.
+    Its plain twin is `F.linear(x, dequantize(weight, scale, block_size))`.
+    """
+    tokens = x.numel() // max(1, x.shape[-1])
+    if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not dequantizes_in_c(weight):
+        return None
+    rows = x.reshape(tokens, -1).float().contiguous()
+    return cpu_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
+    """Writes the dequantised weight to `out`, rounded once, if it is one for C; else False. The plain twin is in fp8.py."""
+    fits = out.dtype in (torch.float32, torch.bfloat16) and out.is_contiguous() and type(out) is torch.Tensor
+    if not fits or not dequantizes_in_c(weight):
+        return False
+    cpu_dequantize(weight, scale.float().contiguous(), block_size, out)
+    return True
 
 
 def gpu_multiplies_fp8(device: torch.device | None = None) -> bool:

@@ -129,7 +129,7 @@ def test_the_way_to_multiply_is_chosen_by_name(monkeypatch):
     with pytest.raises(ValueError, match="float8_e5m2"):
         ops.multiplies_fp8(weight.to(torch.float8_e5m2), (128, 128))
     monkeypatch.setattr(ops, "FP8_PRODUCT", "fast")
-    with pytest.raises(ValueError, match="'auto', 'kernel' or 'dequantize', got 'fast'"):
+    with pytest.raises(ValueError, match="'auto', 'kernel', 'c' or 'dequantize', got 'fast'"):
         ops.multiplies_fp8(weight, (128, 128))
 
 

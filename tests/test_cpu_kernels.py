@@ -1,0 +1,116 @@
+"""The C kernels against PyTorch's own operations, and what happens where there is no compiler."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_deepseek import cpu_kernels, ops
+from modeling_deepseek.fp8 import FP8Linear, dequantize, fp8_linear, quantize
+
+CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+@pytest.fixture(params=["as the machine has it", "portable"])
+def kernels(request, monkeypatch):
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("this machine has no C compiler")
+    if request.param == "portable":
+        library = cpu_kernels._library("-UWIDE", "-U__AVX2__")
+        monkeypatch.setattr(cpu_kernels, "_library", lambda: library)
+    monkeypatch.setattr(ops, "FP8_PRODUCT", "c")
+    assert cpu_kernels.available()
+    return request.param
+
+
+def plain(monkeypatch, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "FP8_PRODUCT", "dequantize")
+        return call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [256, 250, 17, 3])
+def test_every_code_has_its_value(kernels, dtype, columns):
+    for scale in (1.0, 1 / 3, 2.0**-130, 2.0**125, float("nan")):
+        scales = torch.full((1, -(-columns // 100)), scale)
+        out = torch.full((2, columns), 7.0, dtype=dtype)
+        assert ops.dequantize_in_c(CODES.expand(2, 256)[:, -columns:], scales, (128, 100), out)
+        expected = (CODES.float() * torch.tensor(scale))[-columns:].to(dtype).expand(2, columns)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows,columns,block", [(1, 1, (1, 1)), (300, 200, (128, 128)), (576, 128, (128, 128))])
+def test_dequantises_bit_for_bit(kernels, monkeypatch, rows, columns, block):
+    weight, scale = quantize(torch.randn(rows, columns), block)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full((rows, columns), float("nan"), dtype=dtype)
+        assert ops.dequantize_in_c(weight, scale, block, out)
+        expected = plain(monkeypatch, lambda dtype=dtype: dequantize(weight, scale, block, dtype))
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens", range(1, 10))
+@pytest.mark.parametrize("rows,columns,block", [(5, 3, (2, 2)), (130, 300, (128, 128)), (64, 100, (16, 24))])
+def test_product_is_that_of_the_dequantised_weight(kernels, monkeypatch, tokens, rows, columns, block):
+    torch.manual_seed(tokens)
+    weight, scale = quantize(torch.randn(rows, columns), block)
+    x = torch.randn(tokens, columns)
+    product = cpu_kernels.product(x, weight, scale, block)
+    expected = x.double() @ plain(monkeypatch, lambda: dequantize(weight, scale, block)).double().T
+    torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
+    kept = ops.dequantizing_product(x, weight, scale, block)
+    assert (kept is None) == (tokens > ops.C_MAX_TOKENS)
+
+
+def test_reads_rows_that_lie_apart(kernels):
+    weight, scale = quantize(torch.randn(40, 64), (16, 16))
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(
+        ops.dequantizing_product(x, weight[16:, 32:], scale[1:, 2:], (16, 16)),
+        F.linear(x, dequantize(weight, scale, (16, 16))[16:, 32:]),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+def test_a_kept_layer_of_v3_decodes_and_learns(kernels, monkeypatch):
+    """kv_a_proj_with_mqa in its real shape, 576 rows: outputs in bf16 against fp32, and the gradient of what is in front."""
+    torch.manual_seed(0)
+    weight, scale = quantize(torch.randn(576, 7168) / 85)
+    layer = FP8Linear(weight, scale, (128, 128), bias=None)
+    x = torch.randn(2, 1, 7168, requires_grad=True)
+    output = layer(x)
+    expected = plain(monkeypatch, lambda: layer(x))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x.bfloat16()).float(), expected, rtol=2e-2, atol=2e-2)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+    assert layer(x.double()).dtype == torch.float64
+
+
+def test_small_weights_and_traced_ones_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: pytest.fail("a compiler was started"))
+    weight, scale = quantize(torch.randn(64, 64), (16, 16))
+    assert ops.dequantizing_product(torch.randn(1, 64), weight, scale, (16, 16)) is None
+    large = torch.empty(2048, 1024, dtype=torch.float8_e4m3fn, device="meta")
+    assert ops.dequantizing_product(torch.randn(1, 1024, device="meta"), large, scale, (128, 128)) is None
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, caplog):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(cpu_kernels.logger, "propagate", True, raising=False)
+    monkeypatch.setattr(cpu_kernels, "_library", cpu_kernels._library.__wrapped__)
+    monkeypatch.setattr(ops, "cpu_kernels_available", lambda: cpu_kernels._library() is not None)
+    monkeypatch.setattr(ops, "C_MIN_WEIGHTS", 0)
+    warned = []
+    monkeypatch.setattr(cpu_kernels.logger, "warning_once", warned.append)
+    weight, scale = quantize(torch.randn(64, 64), (16, 16))
+    x = torch.randn(1, 64)
+    torch.testing.assert_close(fp8_linear(x, weight, scale, (16, 16)), F.linear(x, dequantize(weight, scale, (16, 16))))
+    assert "no-such-compiler" in warned[0] and "CC" in warned[0]
+    monkeypatch.setattr(ops, "FP8_PRODUCT", "c")
+    with pytest.raises(ValueError, match="C compiler"):
+        fp8_linear(x, weight, scale, (16, 16))
