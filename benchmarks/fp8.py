@@ -11,6 +11,7 @@ is written beside it is removed again.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM, ops
 from modeling_deepseek.conversion.family import expected_shapes
@@ -61,16 +63,23 @@ def config(**fields) -> DeepseekV3Config:
     return DeepseekV3Config(**few | dict(num_nextn_predict_layers=0) | fields)
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Shards in the official layout with random weights; scales as of weights that were made FP8."""
+def make_checkpoint(folder: Path, config: PreTrainedConfig) -> None:
+    """Shards in the official layout with random weights; those that become FP8 are the same where their shapes are."""
     folder.mkdir(parents=True)
     generator, shards, size = torch.Generator().manual_seed(0), [{}], 0
-    fields = {**config().to_dict(), "quantization_config": official_fp8_config(), "dtype": "bfloat16"}
-    for name, shape in tqdm(expected_shapes(config()).items(), desc="checkpoint"):
-        tensors = {name: torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)}
+    fields = {**config.to_dict(), "quantization_config": official_fp8_config(), "dtype": "bfloat16"}
+
+    @functools.cache
+    def quantized(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize(torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16))
+
+    for name, shape in tqdm(expected_shapes(config).items(), desc="checkpoint"):
         if QUANTISED.search(name):
-            tensors[name], tensors[name + SCALE_SUFFIX] = quantize(tensors[name])
-        elif name.endswith("e_score_correction_bias"):
+            weight, scale = quantized(tuple(shape))
+            tensors = {name: weight.clone(), name + SCALE_SUFFIX: scale.clone()}
+        else:
+            tensors = {name: torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)}
+        if name.endswith("e_score_correction_bias"):
             tensors[name] = tensors[name].float()
         size += sum(tensor.nbytes for tensor in tensors.values())
         shards[-1] |= tensors
@@ -262,7 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.what in ("convert", "load") and not Path(args.folder).exists():
-        make_checkpoint(Path(args.folder))
+        make_checkpoint(Path(args.folder), config())
     dict(convert=convert, load=load, decode=decode, product=product)[args.what](args)
 
 

@@ -15,7 +15,7 @@ def machine(threads: int) -> str:
 
 
 def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call: all contestants in each round, forwards and backwards in turn; the first `warmup` rounds do not count."""
+    """Seconds of every call: all contestants in each round, in turns forwards and backwards, after `warmup` rounds."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         order = list(contestants.items())

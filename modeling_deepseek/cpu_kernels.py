@@ -211,7 +211,13 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def available() -> bool:
+    """Whether there are kernels; the first to ask waits about a second for the compiler."""
     return _library() is not None
+
+
+def loaded() -> bool:
+    """Whether somebody has asked before."""
+    return _library.cache_info().currsize > 0
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:

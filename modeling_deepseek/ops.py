@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from .cpu_kernels import available as cpu_kernels_available
 from .cpu_kernels import dequantize as cpu_dequantize
+from .cpu_kernels import loaded as cpu_kernels_loaded
 from .cpu_kernels import product as cpu_product
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
@@ -167,8 +168,8 @@ def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
     return fits and weight.device.type == "cuda" and gpu_multiplies_fp8(weight.device)
 
 
-def dequantizes_in_c(weight: torch.Tensor) -> bool:
-    """Whether this FP8 weight is one for the C kernels: on a CPU, large, and real (no tracing, no fake tensors).
+def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
+    """Whether this FP8 weight is one for the C kernels: on a CPU, real (no tracing, no fake tensors), of that many elements.
 
     Raises:
         ValueError: for `FP8_PRODUCT` "c" where there is no compiler.
@@ -180,7 +181,7 @@ def dequantizes_in_c(weight: torch.Tensor) -> bool:
         if not cpu_kernels_available():
             raise ValueError("FP8_PRODUCT = 'c' wants a C compiler: install one, or leave it at 'auto'.")
         return fits
-    return fits and weight.numel() >= C_MIN_WEIGHTS and cpu_kernels_available()
+    return fits and weight.numel() >= at_least and cpu_kernels_available()
 
 
 def dequantizing_product(
@@ -188,20 +189,20 @@ def dequantizing_product(
 ) -> torch.Tensor | None:
     """`x` `[..., n]` times the dequantised weight `[m, n]`, summed in fp32, in one pass over the weight; `[..., m]` like `x`.
 
-    `None` where that is not the way to do it: elsewhere than on a CPU, for many tokens, for weights as [`dequantizes_in_c`] says.
-    Its plain twin is `F.linear(x, dequantize(weight, scale, block_size))`.
+    `None` where that is not the way to do it: elsewhere than on a CPU, for many tokens, for weights as [`has_c_form`] says.
+    Its plain twin is `F.linear(x, dequantize(weight, scale, block_size))`, up to the order of the sums.
     """
     tokens = x.numel() // max(1, x.shape[-1])
-    if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not dequantizes_in_c(weight):
+    if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weight, C_MIN_WEIGHTS):
         return None
     rows = x.reshape(tokens, -1).float().contiguous()
     return cpu_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
-    """Writes the dequantised weight to `out`, rounded once, if it is one for C; else False. The plain twin is in fp8.py."""
+    """Writes the dequantised weight to `out`, rounded once, if it is one for C; bit by bit what fp8.py's plain form gives."""
     fits = out.dtype in (torch.float32, torch.bfloat16) and out.is_contiguous() and type(out) is torch.Tensor
-    if not fits or not dequantizes_in_c(weight):
+    if not fits or not has_c_form(weight, 1 if cpu_kernels_loaded() else C_MIN_WEIGHTS):
         return False
     cpu_dequantize(weight, scale.float().contiguous(), block_size, out)
     return True
