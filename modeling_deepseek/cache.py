@@ -1,9 +1,12 @@
 """The latent cache of MLA models: the normed latent and the rotated rope key of every token, and nothing else."""
 
+import os
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .cache_file import check_prefix, read_cache, write_cache
 from .quantized import QuantizedStates, as_tensor
 
 GROWTH = 1.25  # factor by which a full buffer grows
@@ -119,6 +122,17 @@ class LatentLayer(DynamicLayer):
             self._buffers[which] = larger
         self._in_graph = False
 
+    def _adopt(self, which: int, states: torch.Tensor, tokens: int) -> None:
+        """Takes `[B, 1, tokens, ...]` as the contents of a buffer."""
+        empty = self._buffers[which]
+        expected = (*empty.shape[:2], tokens, empty.shape[3]), empty.dtype
+        if (tuple(states.shape), states.dtype) != expected:
+            raise ValueError(
+                f"A saved {self.parts[which]} is {tuple(states.shape)} in {states.dtype}, by its file {expected[0]} in "
+                f"{expected[1]}: write the file again."
+            )
+        self._buffers[which], self._lengths[which] = states, tokens
+
     def get_seq_length(self) -> int:
         return self._lengths[0]
 
@@ -203,8 +217,8 @@ class QuantizedLatentLayer(LatentLayer):
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
-                "A quantised cache passes no gradients on to the tokens that it holds: call the model under torch.no_grad(), or use "
-                "LatentCache(config) without bits."
+                "A quantised cache passes no gradients on to the tokens that it holds: call the model under torch.no_grad(), or "
+                "use LatentCache(config) without bits."
             )
         self._prepare(key_states, value_states)
         self._append(*self._encode(key_states, value_states))
@@ -250,8 +264,9 @@ class LatentCache(DynamicCache):
             raise ValueError(
                 f"A LatentCache has 8 or 6 bits per element, or those of the model (None), got bits={bits!r}."
             )
-        layer_class = LAYER_OF_BITS[bits]
+        self.bits, layer_class = bits, LAYER_OF_BITS[bits]
         self.quantized = issubclass(layer_class, QuantizedLatentLayer)
+        self.model_type = ""
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=layer_class, offloading=offloading, **kwargs)
             return
@@ -261,7 +276,7 @@ class LatentCache(DynamicCache):
                 f"LatentCache is for models with multi-head latent attention, and {type(config).__name__} (model_type "
                 f"{config.model_type!r}) has no kv_lora_rank: use transformers' DynamicCache."
             )
-        dims = config.kv_lora_rank, config.qk_rope_head_dim
+        self.model_type, dims = config.model_type, (config.kv_lora_rank, config.qk_rope_head_dim)
         layers = [layer_class(*dims) for _ in range(config.num_hidden_layers)]
         Cache.__init__(self, layers=layers, offloading=offloading, **kwargs)
 
@@ -293,3 +308,80 @@ class LatentCache(DynamicCache):
 
     def early_initialization(self, *args, **kwargs) -> None:
         """Nothing to allocate ahead: the layers take shape, dtype and device from the first tokens."""
+
+    def save(self, path: str | os.PathLike, input_ids: torch.Tensor | None = None) -> None:
+        """Writes the tokens held to one safetensors file, quantised ones as they are, for [`LatentCache.load`].
+
+        Args:
+            path: of the file; it is replaced when the new one is complete.
+            input_ids `[B, T]` or `[1, T]`: the tokens held, so that `load` can refuse another prompt.
+
+        Raises:
+            ValueError: for a cache without tokens, and for ids that are not as many as these.
+        """
+        tokens = self.get_seq_length()
+        if not tokens:
+            raise ValueError("This cache holds no tokens that could be saved: call the model with it first.")
+        first = self.layers[0]
+        batch = first.stored[0].shape[0]
+        if input_ids is not None and tuple(input_ids.shape) not in ((batch, tokens), (1, tokens)):
+            raise ValueError(
+                f"The cache holds {batch} rows of {tokens} tokens, and input_ids is {tuple(input_ids.shape)}: pass the ids of "
+                "these tokens, or crop the cache (after generate, the last token of the result is not in it)."
+            )
+        tensors = {} if input_ids is None else {"input_ids": input_ids}
+        for index, layer in enumerate(self.layers):
+            for part, states in zip(layer.parts, layer.stored, strict=True):
+                tensors[f"layers.{index}.{part}"] = states
+        rank, rope = first.widths
+        fields = dict(model_type=self.model_type, layers=len(self.layers), kv_lora_rank=rank, qk_rope_head_dim=rope)
+        write_cache(path, tensors, fields | dict(dtype=first.dtype, bits=self.bits, batch=batch, tokens=tokens))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: PreTrainedConfig | None = None,
+        input_ids: torch.Tensor | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "LatentCache":
+        """The cache that [`LatentCache.save`] wrote, to go on with the model that filled it.
+
+        Args:
+            path: of the file.
+            config: of the model; checked against the file. It says nothing of the weights: these are yours to keep apart.
+            input_ids `[B, S]`: the prompt; it must begin with the tokens that were saved.
+            device: where the tensors go.
+
+        Raises:
+            FileNotFoundError: without the file.
+            ValueError: for a file that is damaged, that another format version or kind of model wrote, or whose tokens are not
+                the beginning of `input_ids`.
+        """
+        tensors, fields = read_cache(path, device)
+        dims, held = (fields["kv_lora_rank"], fields["qk_rope_head_dim"]), tensors.pop("input_ids", None)
+        cache = cls(config, bits=fields["bits"])
+        if config is None:
+            layer_class, cache.layer_class_to_replicate = cache.layer_class_to_replicate, None
+            cache.model_type, cache.layers = (
+                fields["model_type"],
+                [layer_class(*dims) for _ in range(fields["layers"])],
+            )
+        expected = cache.model_type, len(cache.layers), cache.layers[0].dims
+        found = fields["model_type"] or cache.model_type, fields["layers"], dims
+        if expected != found:
+            raise ValueError(
+                f"{path} was written by a model with (model_type, layers, widths) {found}, and the config has {expected}: pass the "
+                "config of that model, or fill a new cache with this one."
+            )
+        if input_ids is not None:
+            check_prefix(path, held, input_ids)
+        names = {f"layers.{index}.{part}" for index, layer in enumerate(cache.layers) for part in layer.parts}
+        if names != tensors.keys():
+            raise ValueError(f"{path} lacks or adds tensors ({sorted(names ^ tensors.keys())[:4]}): write it again.")
+        like = [torch.empty(fields["batch"], 1, 0, width, dtype=fields["dtype"], device=device) for width in dims]
+        for index, layer in enumerate(cache.layers):
+            layer.lazy_initialization(*like)
+            for which, part in enumerate(layer.parts):
+                layer._adopt(which, tensors[f"layers.{index}.{part}"], fields["tokens"])
+        return cache

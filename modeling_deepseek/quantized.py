@@ -66,7 +66,7 @@ def as_tensor(states: torch.Tensor | QuantizedStates | None) -> torch.Tensor | N
 
 
 def read(states: torch.Tensor | QuantizedStates, here: slice, room: torch.Tensor) -> torch.Tensor:
-    """Vectors `here` of `[B, 1, T, n]` as `[B, t, n]`, in the memory and the dtype of `room`; quantised ones without their scale."""
+    """Vectors `here` of `[B, 1, T, n]` as `[B, t, n]`, in memory and dtype of `room`; quantised ones without their scale."""
     held = (states.codes if isinstance(states, QuantizedStates) else states)[:, 0, here]
     out = room[: held.shape[0] * held.shape[1] * states.shape[-1]].view(*held.shape[:2], states.shape[-1])
     packed = isinstance(states, QuantizedStates) and states.bits == 6

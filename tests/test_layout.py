@@ -24,6 +24,7 @@ LAYERS = {
     "rope": 0,
     "scratch": 0,
     "quantized": 1,
+    "cache_file": 0,
     "cache": 2,
     "balance": 0,
     "recompute": 0,
