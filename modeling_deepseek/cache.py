@@ -193,10 +193,10 @@ class QuantizedLatentLayer(LatentLayer):
 
     def read(self, which: int) -> QuantizedStates | torch.Tensor | None:
         """The latents (0) or the rope keys (1) held, `[B, 1, T, n]`, without a copy."""
-        stored = self.stored[:2] if which == 0 else self.stored[2:]
-        if not stored or self.bits[which] is None:
-            return stored[0] if stored else None
-        return QuantizedStates(*stored, self.bits[which], self.widths[which], self.dtype)
+        views = [self._view(part) for part in (range(2), range(2, len(self.parts)))[which]]
+        if views[0] is None or self.bits[which] is None:
+            return views[0]
+        return QuantizedStates(*views, self.bits[which], self.widths[which], self.dtype)
 
     def _write(self, which: int, states: torch.Tensor | None) -> None:
         part = slice(0, 2) if which == 0 else slice(2, None)
@@ -244,21 +244,21 @@ class LatentCache(DynamicCache):
     With `bits=8` a latent takes a byte per element and one for its scale, and the rope key stays as it is: 641 bytes per token and
     layer at DeepSeek's 512 + 64 in bf16, where 1,152 are without. With `bits=6` both are quantised, 6 / 8 of a byte per element
     and a byte for the scale of each: 434 bytes. At the 60 layers of DeepSeek-V2 these are 26,040 bytes per token, 93.3 % less than
-    the 389,120 of DeepSeek-67B in bf16 (V2 paper, section 3.2.3, "6 bits for each element on average"); a rope key in bf16
-    would leave 92.1 %.
+    the 389,120 of DeepSeek-67B in bf16, as the V2 paper has it (section 3.2.3: 6 bits per element on average); with a rope key in
+    bf16 it would be 92.1 %.
 
     Args:
         config: of the model that will use the cache; its widths are checked when tokens arrive. Without one the layers take
             the widths of the first tokens that they see.
-        bits: 8 or 6 to quantise; `None` and 16 keep the dtype of the model.
         offloading (`bool`): keep only the layer at work on the GPU, the others on the CPU.
+        bits: 8 or 6 to quantise; `None` and 16 keep the dtype of the model.
 
     Raises:
         ValueError: for other bits, and for a config without `kv_lora_rank` (DeepSeek-LLM and MoE-16B cache full keys and values).
     """
 
     def __init__(
-        self, config: PreTrainedConfig | None = None, bits: int | None = None, offloading: bool = False, **kwargs
+        self, config: PreTrainedConfig | None = None, offloading: bool = False, bits: int | None = None, **kwargs
     ):
         if bits not in LAYER_OF_BITS:
             raise ValueError(

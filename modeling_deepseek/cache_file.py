@@ -35,24 +35,29 @@ def read_cache(path: str | os.PathLike, device: str | torch.device) -> tuple[dic
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no cache at {path}: write it with LatentCache.save.")
+    broken = f"{path} is damaged or incomplete ({{}}): write it again."
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} holds no cache that LatentCache.save has written: pass the path of one.")
-            if metadata.get("version") != VERSION:
-                raise ValueError(
-                    f"{path} has version {metadata.get('version')} of the format, and this code reads {VERSION}: write it again "
-                    "with the modeling_deepseek that reads it."
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        raise ValueError(broken.format(error)) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no cache that LatentCache.save has written: pass the path of one.")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {metadata.get('version')} of the format, and this code reads {VERSION}: write it again with the "
+            "modeling_deepseek that reads it."
+        )
+    try:
         fields = {name: metadata[name] for name in FIELDS}
-        for name in ("layers", "kv_lora_rank", "qk_rope_head_dim", "batch", "tokens"):
-            fields[name] = int(fields[name])
+        fields |= {
+            name: int(fields[name]) for name in ("layers", "kv_lora_rank", "qk_rope_head_dim", "batch", "tokens")
+        }
         fields["dtype"] = getattr(torch, fields["dtype"].removeprefix("torch."))
         fields["bits"] = None if fields["bits"] == "None" else int(fields["bits"])
-    except (SafetensorError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}): write it again.") from error
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ValueError(broken.format(error)) from error
     return tensors, fields
 
 
