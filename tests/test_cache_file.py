@@ -1,7 +1,9 @@
 """LatentCache.save and load: a later process goes on where this one stopped, and the wrong file is refused."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from modeling_deepseek import LatentCache
 from tiny import tiny_config, tiny_model, tiny_tokens
 
+ROOT = Path(__file__).resolve().parent.parent
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
 PREFIX = 9  # tokens
 
@@ -99,6 +102,16 @@ def test_another_process_goes_on_from_it(model, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == list(map(str, expected[0].tolist()))
+
+
+def test_the_example_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Cache\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "with open" in capsys.readouterr().out
+    assert LatentCache.load("document.safetensors").bits == 8
 
 
 def test_another_prompt_is_refused(model, tmp_path):
