@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from modeling_deepseek import LatentCache, attention
 from modeling_deepseek.ops import absorbed_attention_quantized, absorbed_attention_reference
@@ -138,9 +139,9 @@ def latents(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 1, length, RANK), torch.randn(batch, 1, length, ROPE)
 
 
-def filled(bits: int, *lengths: int, batch: int = 2) -> tuple[LatentCache, LatentCache]:
-    """A quantised cache and a plain one after the same updates."""
-    caches = LatentCache(tiny_config("v3"), bits=bits), LatentCache(tiny_config("v3"))
+def filled(bits: int, *lengths: int, batch: int = 2) -> tuple[LatentCache, DynamicCache]:
+    """A quantised cache and one that concatenates, after the same updates."""
+    caches = LatentCache(tiny_config("v3"), bits=bits), DynamicCache()
     for length in lengths:
         append(caches, length, batch)
     return caches
@@ -154,7 +155,7 @@ def append(caches, length: int, batch: int = 2) -> None:
             cache.update(*new, layer)
 
 
-def assert_quantised(ours: LatentCache, theirs: LatentCache, bits: int) -> None:
+def assert_quantised(ours: LatentCache, theirs: DynamicCache, bits: int) -> None:
     """`ours` holds what quantising all of `theirs` at once gives, but for a number here and there that lay between two."""
     assert ours.get_seq_length() == theirs.get_seq_length()
     assert ours.nbytes == theirs.get_seq_length() * theirs.layers[0].keys.shape[0] * LAYERS * BYTES[bits]
