@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import absorbed_attention, has_fast_gemm
+from .ops import absorbed_attention, absorbed_attention_quantized, has_fast_gemm
+from .quantized import QuantizedStates, as_tensor
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
@@ -150,10 +151,12 @@ class DeepseekLatentAttention(DeepseekAttention):
         latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
         k_rope = self.rotate(k_rope, cos, sin)
         if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+            as_held = {"dequantize": False} if getattr(past_key_values, "quantized", False) else {}
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx, **as_held)
         if self.use_absorbed(hidden_states.shape[1], latent.shape[2], past_key_values is not None):
             output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
+            latent, k_rope = as_tensor(latent), as_tensor(k_rope)
             with recomputed(by, self.expand_all, q_latent, latent, k_rope, cos, sin) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output), weights
@@ -218,21 +221,27 @@ class DeepseekLatentAttention(DeepseekAttention):
         w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
         from_start = self.config._attn_implementation == "sdpa"
-        output, probs = absorbed_attention(
-            q_nope,
-            q_rope,
-            latent.squeeze(1).to(q_nope.dtype),
-            k_rope.squeeze(1).to(q_rope.dtype),
-            w_uk,
-            w_uv,
-            self.scaling,
-            mask=dense_mask(attention_mask, batch, queries, keys, latent.device, from_start),
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        eager = self.config._attn_implementation in (None, "eager")
+        mask = dense_mask(attention_mask, batch, queries, keys, latent.device, from_start)
+        dropout = self.attention_dropout if self.training else 0.0
+        if isinstance(latent, QuantizedStates) and not (eager or dropout or torch.is_grad_enabled()):
+            states = (q_nope, q_rope, latent, k_rope)
+            output, probs = absorbed_attention_quantized(*states, w_uk, w_uv, self.scaling, mask), None
+        else:
+            output, probs = absorbed_attention(
+                q_nope,
+                q_rope,
+                as_tensor(latent).squeeze(1).to(q_nope.dtype),
+                as_tensor(k_rope).squeeze(1).to(q_rope.dtype),
+                w_uk,
+                w_uv,
+                self.scaling,
+                mask=mask,
+                dropout=dropout,
+            )
         if bias is not None:
             # the keys' part shifts all scores of a query alike, the values' part meets weights that sum to 1
             output = output + self.per_head(bias)[:, None, self.qk_nope_head_dim :]
-        eager = self.config._attn_implementation in (None, "eager")
         return output.transpose(1, 2).flatten(2), probs if eager else None
 
     def per_head(self, rows: torch.Tensor) -> torch.Tensor:

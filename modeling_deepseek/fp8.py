@@ -1,8 +1,6 @@
 """Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
-import math
 import re
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
 from .ops import block_scaled_product, dequantize_in_c, dequantizing_product, has_fast_gemm, multiplies_fp8
+from .scratch import scratch
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
 DEFAULT_BLOCK = (128, 128)
@@ -77,21 +76,6 @@ def _multiply(weight: torch.Tensor, spread: torch.Tensor, out: torch.Tensor) -> 
     if values is not out:
         out.copy_(values)
     return True
-
-
-_held = threading.local()
-
-
-def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """CPU memory of this thread that its next call gets again: fresh memory takes longer than what is done with it."""
-    size = math.prod(shape)
-    if size > len(_held.__dict__.get(dtype, ())):
-        with torch.inference_mode(False):  # or nothing could be written there outside of it
-            new = torch.empty(size, dtype=dtype, device="cpu")
-        if type(new) is not torch.Tensor:  # under a mode that pretends
-            return new.view(shape)
-        _held.__dict__[dtype] = new
-    return _held.__dict__[dtype][:size].view(shape)
 
 
 def quantize(

@@ -413,11 +413,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         return packed_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`."""
-        kind = generation_config.cache_implementation
-        ours = hasattr(self.config, "kv_lora_rank") and kind in (None, "dynamic", "offloaded")
+        """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`.
+
+        So it does for `cache_implementation="quantized"` with `cache_config={"nbits": 8}` or 6, which transformers' default
+        backend does not have; any other backend is named.
+        """
+        kind, options = generation_config.cache_implementation, generation_config.cache_config or {}
+        bits = options.get("nbits") if kind == "quantized" and set(options) == {"nbits"} else None
+        ours = hasattr(self.config, "kv_lora_rank") and (kind in (None, "dynamic", "offloaded") or bits in (6, 8))
         if ours and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=kind == "offloaded")
+            model_kwargs["past_key_values"] = LatentCache(self.config, bits=bits, offloading=kind == "offloaded")
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 

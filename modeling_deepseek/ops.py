@@ -7,6 +7,7 @@ from .cpu_kernels import available as cpu_kernels_available
 from .cpu_kernels import dequantize as cpu_dequantize
 from .cpu_kernels import loaded as cpu_kernels_loaded
 from .cpu_kernels import product as cpu_product
+from .quantized import QuantizedStates, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 
@@ -107,12 +108,65 @@ def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the last dimension in fp32. A row that sees nothing (a padded query) is spread evenly, never NaN."""
+    return _masked(scores, mask).softmax(dim=-1)
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores in fp32, the lowest number where the mask hides a key."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1)
+    return scores
+
+
+def absorbed_attention_quantized(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: QuantizedStates,
+    k_rope: QuantizedStates | torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The outputs of [`absorbed_attention`] over latents `[B, 1, T, c]` and rope keys `[B, 1, T, r]` that stay quantised.
+
+    Queries are rotated instead of what is cached, and scales meet scores and weights, so that a block of tokens only becomes
+    numbers, once, for both products: the softmax is that of a running maximum. Not for gradients.
+    """
+    batch, heads, length, _ = q_nope.shape
+    device, dtype, keys = q_nope.device, q_nope.dtype, latent.shape[2]
+    compute = dtype if has_fast_gemm(device.type, dtype) else torch.float32
+    sums = torch.promote_types(compute, torch.float32)
+    held = (latent, k_rope)
+    queries = (_per_head(q_nope.to(compute), w_uk.to(compute)), q_rope)
+    queries = [
+        rotate(query) if isinstance(x, QuantizedStates) else query for query, x in zip(queries, held, strict=True)
+    ]
+    queries = [(query.to(sums) * scaling).to(compute).reshape(batch, heads * length, -1) for query in queries]
+    scales = [x.multipliers(sums) if isinstance(x, QuantizedStates) else None for x in held]
+    block = min(keys, max(128, UPCAST_BLOCK // batch) if device.type == "cpu" else keys)
+    rooms = space((batch * block * latent.shape[-1], batch * block * k_rope.shape[-1]), compute, device)
+    largest = torch.full((batch, heads * length, 1), torch.finfo(sums).min, dtype=sums, device=device)
+    total, context = torch.zeros_like(largest), torch.zeros(queries[0].shape, dtype=sums, device=device)
+    for start in range(0, keys, block):
+        here = slice(start, min(start + block, keys))
+        numbers = [read(x, here, room) for x, room in zip(held, rooms, strict=True)]
+        scores = 0
+        for query, number, scale in zip(queries, numbers, scales, strict=True):
+            part = torch.bmm(query, number.transpose(1, 2)).to(sums)
+            scores = part + scores if scale is None else part.mul_(scale[..., here]).add_(scores)
+        seen = None if mask is None else mask[..., here]
+        scores = _masked(scores.view(batch, heads, length, -1), seen).flatten(1, 2)
+        before, largest = largest, torch.maximum(largest, scores.amax(-1, keepdim=True))
+        weights, decay = (scores - largest).exp_(), (before - largest).exp_()
+        total = total * decay + weights.sum(-1, keepdim=True)
+        weights = weights.mul_(scales[0][..., here]).to(compute)
+        context = context * decay + torch.bmm(weights, numbers[0])
+    context = rotate(context / total).to(compute).view(batch, heads, length, -1)
+    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype)
 
 
 def block_scaled_product_reference(
