@@ -40,6 +40,7 @@ LAYERS = {
     "precision": 4,
     "lora": 4,
     "decoder": 4,
+    "paged": 4,
     "mtp": 5,
     "speculative": 5,
     "pretrained": 5,
