@@ -46,7 +46,7 @@ LAYERS = {
     "pretrained": 5,
     "modeling_deepseek": 6,
 }
-PIP_ONLY = {"__init__", "adapters", "ema", "export", "load_balance", "scaling_laws", "schedules", "training"}
+PIP_ONLY = {"__init__", "adapters", "ema", "export", "load_balance", "scaling_laws", "schedules", "serve", "training"}
 SHIPPED_MAY_NEED = {"torch", "transformers", "huggingface_hub", "safetensors"}
 CONVERSION_NEEDS = {"filelock"}  # beside what is shipped
 

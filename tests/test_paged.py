@@ -4,11 +4,13 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
-import modeling_deepseek.paged as paged
+import modeling_deepseek
+from modeling_deepseek import paged, serve
 from tiny import tiny_model, tiny_tokens
 
 PAGE, NEW = 8, 12
@@ -184,3 +186,12 @@ def test_what_the_pool_cannot_do_is_an_error():
     dynamic = tiny_model("v2", rope_scaling=dict(type="dynamic", factor=2.0))
     with pytest.raises(ValueError, match="dynamic"):
         dynamic.generate_batch(prompts(model), GenerationConfig(**GREEDY), pool())
+
+
+def test_the_server_of_transformers_finds_our_classes(monkeypatch):
+    """It loads `getattr(transformers, config.architectures[0])`."""
+    names = [name for name in modeling_deepseek.__all__ if name.endswith("ForCausalLM")]
+    for name in names:
+        monkeypatch.setattr(transformers, name, None, raising=False)
+    serve.put_in_place()
+    assert [getattr(transformers, name).__module__ for name in names] == ["modeling_deepseek.modeling_deepseek"] * 3
