@@ -5,17 +5,16 @@ python -m modeling_deepseek.serve deepseek-ai/DeepSeek-V2-Lite --continuous-batc
 
 import sys
 
-import transformers
-
 from . import modeling_deepseek
 
 
 def put_in_place() -> None:
     """Puts our causal models under their names in `transformers`, where its server looks, past the Auto classes, for
     `architectures` of a config: it would find the native classes there, and for `deepseek` none."""
+    package = sys.modules["transformers"]  # which transformers makes anew while it is imported
     for name in modeling_deepseek.__all__:
         if name.endswith("ForCausalLM"):
-            setattr(transformers, name, getattr(modeling_deepseek, name))
+            setattr(package, name, getattr(modeling_deepseek, name))
 
 
 if __name__ == "__main__":
