@@ -1,9 +1,9 @@
 """Continuous batching: `generate_batch` of ours beside one `generate` after the other, same weights and prompts, in turns.
 
-    python benchmarks/batching.py [--layers 4] [--shrink 4] [--requests 16] [--prompts 64 512] [--new 32] [--rounds 5] [--threads 2]
+    python benchmarks/batching.py [--layers 2] [--shrink 4] [--requests 8] [--prompts 64 512] [--new 32] [--rounds 3] [--threads 2]
 
-The model has the attention of DeepSeek-V2-Lite (see decode.py), its other widths divided by `--shrink`, and `--layers`; the lengths of
-the prompts are spread over `--prompts`. transformers' native class fails in `generate_batch`, which the last line shows.
+The model has the attention of DeepSeek-V2-Lite (see decode.py), `--layers` of it, and its other widths divided by `--shrink`;
+prompts are of lengths spread over `--prompts`. The native class fails in `generate_batch`, which the last line shows.
 """
 
 import argparse
@@ -57,12 +57,12 @@ def all_at_once(model, prompts: list[list[int]], generation: GenerationConfig) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shrink", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--prompts", type=int, nargs=2, default=(64, 512))
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
@@ -78,13 +78,12 @@ def main() -> None:
     contestants |= {f"native {attention}, one by one": (one_by_one, model) for attention, model in natives.items()}
 
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    shape = f"{args.layers} layers, V2-Lite's widths / {args.shrink}, {args.dtype}"
     print(
-        f"{device}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}, ",
+        f"{device}, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}, {shape}, ",
         end="",
     )
-    print(
-        f"{args.layers} layers, V2-Lite's widths / {args.shrink}, {args.dtype}, {args.requests} prompts of {lengths[0]} to {lengths[-1]} tokens"
-    )
+    print(f"{args.requests} prompts of {lengths[0]} to {lengths[-1]} tokens, {args.new} new ones each", flush=True)
     warm_up = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=V2_LITE["vocab_size"])
     speeds, answers = {name: [] for name in contestants}, {}
     for how, model in contestants.values():
