@@ -59,7 +59,7 @@ class PagedLatents:
             raise ValueError(
                 "Latents are read by index, and this batch has block tables: set max_blocks_per_request=0."
             )
-        self.cache, self.write_index = cache, write_index
+        self.cache = cache
         by_type = isinstance(cu_seq_lens_k, dict)
         ends_q, ends_k = (
             ends.tolist() for ends in (cu_seq_lens_q, cu_seq_lens_k["full_attention"] if by_type else cu_seq_lens_k)
@@ -67,8 +67,11 @@ class PagedLatents:
         self.rows = group_requests(ends_q, ends_k, cu_seq_lens_q.device)
         self.slots = torch.cat([rows.slots.flatten() for rows in self.rows])
         self.reads = read_index[0].numel() > 0  # otherwise all tokens are new
-        self.read_index = [read_index[0][self.slots]] if self.reads else read_index
-        self.exchange = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": kwargs.get("max_length_k")}
+        read_index = [read_index[0][self.slots]] if self.reads else read_index
+        self.indices = {"read_index": read_index, "write_index": write_index}
+        if "kwargs" in inspect.signature(cache.update).parameters:  # transformers 5.17 takes the indices by name
+            lengths = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": kwargs["max_length_k"]}
+            self.indices = {"kwargs": self.indices | lengths}
 
     @torch.compiler.disable  # as transformers' own: it does not know that the pool is written in place
     def attend(self, module: DeepseekLatentAttention, q_latent, latent, k_rope, cos, sin) -> torch.Tensor:
@@ -100,9 +103,7 @@ class PagedLatents:
         if width % 2:
             packed = nn.functional.pad(packed, (0, 1))
         halves = packed.to(self.cache.dtype).chunk(2, dim=-1)
-        indices = {"read_index": self.read_index, "write_index": self.write_index}
-        if "kwargs" in inspect.signature(self.cache.update).parameters:  # transformers 5.17 takes the indices by name
-            indices = {"kwargs": indices | self.exchange}
+        indices = {name: copy.copy(value) for name, value in self.indices.items()}  # "kwargs" are changed in place
         read = self.cache.update(key_states=halves[0], value_states=halves[1], layer_idx=layer_idx, **indices)
         if self.reads:
             packed = torch.cat([half.reshape(-1, half.shape[-1]) for half in read], dim=-1).to(packed.dtype)
