@@ -141,6 +141,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        paged: object | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         by = self.recompute if self.training else None
@@ -150,6 +151,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
         k_rope = self.rotate(k_rope, cos, sin)
+        if paged is not None:  # continuous batching
+            return self.o_proj(paged.attend(self, q_latent, latent, k_rope, cos, sin)), None
         if past_key_values is not None:
             as_held = {"dequantize": False} if getattr(past_key_values, "quantized", False) else {}
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx, **as_held)

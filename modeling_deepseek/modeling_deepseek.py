@@ -32,6 +32,7 @@ from .layers import DeepseekRMSNorm
 from .loss import causal_lm_loss, loss_of_states, shifted
 from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
+from .paged import ContinuousBatchingMixin, PagedLatents
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
 from .speculative import MTPGenerationMixin
@@ -115,7 +116,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if isinstance(past, int):
             self._warn_beyond_positions(past + inputs_embeds.shape[1], position_ids)
 
-        causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if "cache" in kwargs and hasattr(self.config, "kv_lora_rank"):  # continuous batching
+            kwargs, causal_mask = {"paged": PagedLatents(self.config, **kwargs)}, None
+        else:
+            causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         hidden_states = inputs_embeds
@@ -193,7 +197,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             )
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
+class DeepseekForCausalLM(DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPGenerationMixin):
     """The decoder with its language-model head, and the MTP loss of its extra layers in training."""
 
     _model_class = DeepseekModel

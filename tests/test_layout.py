@@ -44,12 +44,13 @@ LAYERS = {
     "precision": 5,
     "lora": 5,
     "decoder": 5,
+    "paged": 5,
     "mtp": 6,
     "speculative": 6,
     "pretrained": 6,
     "modeling_deepseek": 7,
 }
-PIP_ONLY = {"__init__", "adapters", "ema", "export", "load_balance", "scaling_laws", "schedules", "training"}
+PIP_ONLY = {"__init__", "adapters", "ema", "export", "load_balance", "scaling_laws", "schedules", "serve", "training"}
 SHIPPED_MAY_NEED = {"torch", "transformers", "huggingface_hub", "safetensors"}
 CONVERSION_NEEDS = {"filelock"}  # beside what is shipped
 
