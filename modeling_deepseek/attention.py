@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import absorbed_attention, has_fast_gemm
+from .ops import attend_latents, has_fast_gemm
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
@@ -218,7 +218,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
         from_start = self.config._attn_implementation == "sdpa"
-        output, probs = absorbed_attention(
+        eager = self.config._attn_implementation in (None, "eager")
+        output, probs = attend_latents(
             q_nope,
             q_rope,
             latent.squeeze(1).to(q_nope.dtype),
@@ -228,11 +229,11 @@ class DeepseekLatentAttention(DeepseekAttention):
             self.scaling,
             mask=dense_mask(attention_mask, batch, queries, keys, latent.device, from_start),
             dropout=self.attention_dropout if self.training else 0.0,
+            weights=eager,
         )
         if bias is not None:
             # the keys' part shifts all scores of a query alike, the values' part meets weights that sum to 1
             output = output + self.per_head(bias)[:, None, self.qk_nope_head_dim :]
-        eager = self.config._attn_implementation in (None, "eager")
         return output.transpose(1, 2).flatten(2), probs if eager else None
 
     def per_head(self, rows: torch.Tensor) -> torch.Tensor:

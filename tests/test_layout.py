@@ -30,6 +30,7 @@ LAYERS = {
     "ragged": 0,
     "checkpoint": 0,
     "triton_kernels": 0,
+    "triton_mla": 0,
     "hub": 0,
     "ops": 1,
     "drafter": 1,
