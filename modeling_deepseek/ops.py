@@ -138,6 +138,7 @@ def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | No
     return MLA_DECODE != "torch" and plain_mask and not trains and not torch.is_autocast_enabled(device.type)
 
 
+@torch.compiler.assume_constant_result
 def gpu_decodes_in_kernel(device: torch.device) -> bool:
     """Whether `device` is a GPU that the decode kernel was written for, and Triton is there."""
     return DECODE_KERNEL and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -149,6 +150,24 @@ def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
     A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
     """
     return device != "cpu" or dtype not in SLOW_ON_CPU
+
+
+@torch.compiler.assume_constant_result
+def gpu_wants_padded_values(
+    device: torch.device, dtype: torch.dtype, keys: int, values: int, trains: bool, dropout: float
+) -> bool:
+    """Whether PyTorch's causal attention on this GPU is flash attention only where `values` wide values are padded to `keys`.
+
+    PyTorch is asked: flash attention wants equal widths, cuDNN (on Hopper, from 9.11) takes 192 / 128 as it is. Without either it
+    runs memory-efficient attention, which is slower (to be measured).
+    """
+    query = torch.empty(1, 1, 256, keys, dtype=dtype, device=device, requires_grad=trains)
+    narrow = torch.empty(1, 1, 256, values, dtype=dtype, device=device, requires_grad=trains)
+    ask = torch.backends.cuda
+    as_it_is, padded = (ask.SDPAParams(query, query, value, None, dropout, True, False) for value in (narrow, query))
+    if ask.can_use_flash_attention(as_it_is) or ask.can_use_cudnn_attention(as_it_is):
+        return False
+    return ask.can_use_flash_attention(padded)
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

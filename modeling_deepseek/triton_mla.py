@@ -4,7 +4,6 @@ Flash-Decoding), and every latent read once serves all heads, as key and as valu
 Where Triton is not installed the module still imports, and `AVAILABLE` is False.
 """
 
-from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -89,7 +88,7 @@ def _attend_split(
     ENDS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """ROWS rows of queries against every `splits`-th block of tokens: their weighted sum, before it is divided by the sum of weights."""
+    """ROWS rows of queries against every `splits`-th block of tokens: weighted sums, their weights' totals and maxima."""
     split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < heads * queries
@@ -109,7 +108,10 @@ def _attend_split(
     if ENDS:
         end = tl.minimum(tl.load(ends + batch), length)
     blocks = tl.cdiv(tl.maximum(end - start, 0), TOKENS)
-    first, past = 0, tl.cdiv(tl.maximum(blocks - split, 0), splits)  # of this split: its i-th block is number i * splits + split
+    first, past = (
+        0,
+        tl.cdiv(tl.maximum(blocks - split, 0), splits),
+    )  # of this split: its i-th block is number i * splits + split
     if MASKED:
         mask += batch64 * mask_b
         count, first, past = past, past, 0
@@ -156,9 +158,7 @@ def _attend_split(
         )
         if SCALED:
             latents = latents.to(content.dtype)
-            scale = tl.load(
-                scales + batch64 * scales_b + begin64 * scales_t + place * scales_t, mask=inside, other=0.0
-            )
+            scale = tl.load(scales + batch64 * scales_b + begin64 * scales_t + place * scales_t, mask=inside, other=0.0)
         scores = _dot(latents, content, tl.zeros((TOKENS, ROWS), dtype=tl.float32), UPCAST)
         if SCALED:
             scores *= scale[:, None]
@@ -179,9 +179,7 @@ def _attend_split(
         high = higher
 
     result = (batch64 * splits + split) * (heads * queries) + row
-    tl.store(
-        contexts + result[None, :] * RANK + rank[:, None], context, mask=(rank < RANK)[:, None] & real[None, :]
-    )
+    tl.store(contexts + result[None, :] * RANK + rank[:, None], context, mask=(rank < RANK)[:, None] & real[None, :])
     tl.store(highs + result, high, mask=real)
     tl.store(totals + result, total, mask=real)
 
@@ -202,7 +200,7 @@ def _combine_splits(
     SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """COLUMNS of the context of one row: the splits' sums, brought to one maximum, over their total. No token at all gives zeros."""
+    """COLUMNS of the context of one row: the splits' sums, brought to one maximum, over their total. No token gives zeros."""
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     split = tl.arange(0, SPLITS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -254,9 +252,7 @@ def mla_decode(
     """
     if latent.is_cuda and latent.device.index != torch.cuda.current_device():
         with torch.cuda.device(latent.device):  # where Triton launches
-            return mla_decode(
-                q_latent, q_rope, latent, k_rope, scaling, mask, causal, starts, ends, scales, splits
-            )
+            return mla_decode(q_latent, q_rope, latent, k_rope, scaling, mask, causal, starts, ends, scales, splits)
     (batch, heads, queries, rank), length, rope = q_latent.shape, latent.shape[1], q_rope.shape[-1]
     q_latent, q_rope, latent, k_rope = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, latent, k_rope)
@@ -331,7 +327,7 @@ def mla_decode(
     return output
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _device(device: torch.device) -> tuple[int, int]:
     """Processors and the bytes of shared memory that one block of threads may have; an H100's for the interpreter."""
     if device.type != "cuda":
@@ -341,13 +337,15 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 
 def _tile(rows: int, width: int, item: int, shared: int) -> tuple[int, int, int, int]:
-    """Rows, tokens, stages and warps of a tile for `rows` rows of queries; they and the latents are `width` values of `item` bytes."""
+    """Rows, tokens, stages and warps of a tile for `rows` rows of queries, which like the latents are `width` items wide."""
     most = next((tile for tile in _WARPS if rows <= tile), max(_WARPS))
     for tile in sorted((tile for tile in _WARPS if tile <= most), reverse=True):
         for tokens, stages in _BLOCKS:
             if item * (width * (tile + stages * tokens) + tile * tokens) <= shared:
                 return tile, tokens, stages, _WARPS[tile]
-    raise ValueError(f"Latents of {width * item} bytes a token do not fit the {shared} bytes of this GPU's shared memory.")
+    raise ValueError(
+        f"Latents of {width * item} bytes a token do not fit the {shared} bytes of this GPU's shared memory."
+    )
 
 
 def _splits(programs: int, blocks: int, processors: int) -> int:
