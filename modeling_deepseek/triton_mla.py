@@ -258,17 +258,17 @@ def mla_decode(
         x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, latent, k_rope)
     )
     processors, shared = _device(latent.device)
-    rank_tile, rope_tile = (max(16, triton.next_power_of_2(width)) for width in (rank, rope))
+    rank_tile, rope_tile = (max(16, _power_of_2(width)) for width in (rank, rope))
     item = q_latent.element_size()
     rows, tokens, stages, warps = _tile(heads * queries, rank_tile + rope_tile, item, shared)
-    row_blocks = triton.cdiv(heads * queries, rows)
+    row_blocks = _ceil(heads * queries, rows)
     if splits is None:
-        splits = _splits(batch * row_blocks, triton.cdiv(length, tokens), processors)
+        splits = _splits(batch * row_blocks, _ceil(length, tokens), processors)
     if mask is not None:
         mask = mask.expand(batch, 1, queries, length).view(torch.uint8)
 
     contexts = latent.new_empty((batch, splits, heads * queries, rank), dtype=torch.float32)
-    highs, totals = latent.new_empty((2, batch, splits, heads * queries), dtype=torch.float32)
+    highs, totals = (latent.new_empty(contexts.shape[:3], dtype=torch.float32) for _ in range(2))
     output = q_latent.new_empty((heads, batch, queries, rank)).transpose(0, 1)  # as the product with w_uv reads it
     _attend_split[row_blocks, splits, batch](
         q_latent,
@@ -309,9 +309,9 @@ def mla_decode(
         UPCAST=not latent.is_cuda,
         num_warps=warps if scales is None else 8,  # which converts the latents in registers
     )
-    pieces = triton.next_power_of_2(splits)
+    pieces = _power_of_2(splits)
     columns = min(rank_tile, COMBINED // pieces)
-    _combine_splits[heads * queries, triton.cdiv(rank, columns), batch](
+    _combine_splits[heads * queries, _ceil(rank, columns), batch](
         contexts,
         highs,
         totals,
@@ -325,6 +325,15 @@ def mla_decode(
         COLUMNS=columns,
     )
     return output
+
+
+def _ceil(number: int, divisor: int) -> int:
+    """Triton's own `cdiv` and `next_power_of_2` cannot be traced by torch.compile."""
+    return -(-number // divisor)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 @torch.compiler.assume_constant_result
@@ -354,7 +363,7 @@ def _splits(programs: int, blocks: int, processors: int) -> int:
     best, filled = 1, 0.0
     for rounds in range(1, 9):
         splits = min(most, max(1, rounds * processors // programs))
-        share = splits * programs / (triton.cdiv(splits * programs, processors) * processors)
+        share = splits * programs / (_ceil(splits * programs, processors) * processors)
         if share > filled + 0.05:  # more rounds are more to combine
             best, filled = splits, share
     return best

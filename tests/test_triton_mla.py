@@ -277,3 +277,32 @@ def test_drafts_of_mtp_are_verified_the_same(forced):
     plain, kernel = forced(lambda: model.generate(ids, **options))
     assert torch.equal(plain, kernel)
     assert (2, 4, 2, 28) in forced.calls
+
+
+def test_the_number_of_splits_is_a_matter_of_shapes():
+    """Nothing asks a tensor for its values: no `.item()`, no `tolist`, no branch on them, as CUDA graphs require."""
+    meta = torch.empty(2, 1, 1, 40, device="meta", dtype=torch.bool)
+    tensors = [tensor.to("meta") for tensor in inputs()]
+    launched = []
+    kernels = [type("", (), {"__getitem__": lambda self, grid: lambda *a, **k: launched.append(grid)})() for _ in "ab"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_mla, "_attend_split", kernels[0])
+        patch.setattr(triton_mla, "_combine_splits", kernels[1])
+        starts = torch.empty(2, device="meta", dtype=torch.int32)
+        triton_mla.mla_decode(*tensors, 0.2, meta, starts=starts, ends=starts)
+    assert launched == [(1, 1, 2), (4, 1, 2)]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="takes address space that a GPU would have to fill")
+@pytest.mark.parametrize("strides", [(0, 2**26, 1), (2**30 + 64, 64, 1)], ids=["tokens", "rows"])
+def test_offsets_beyond_int32(strides):
+    tensors, scales = inputs(batch=3, keys=36), torch.ones(3, 36)
+    far = torch.empty(2 * strides[0] + 36 * strides[1], dtype=torch.int8)  # mostly untouched, so without memory
+    far = far.as_strided((3, 36, 20), strides)
+    for row in far:
+        row.copy_(torch.randint(-8, 9, row.shape))
+    codes = far.contiguous()
+    ours, expected = (
+        triton_mla.mla_decode(*tensors[:2], latent, tensors[3], 0.2, scales=scales) for latent in (far, codes)
+    )
+    assert torch.equal(ours, expected)
