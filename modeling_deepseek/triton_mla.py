@@ -157,7 +157,7 @@ def _attend_split(
             other=0.0,
         )
         if SCALED:
-            latents = latents.to(content.dtype)
+            latents = latents.to(tl.float32 if UPCAST else content.dtype)
             scale = tl.load(scales + batch64 * scales_b + begin64 * scales_t + place * scales_t, mask=inside, other=0.0)
         scores = _dot(latents, content, tl.zeros((TOKENS, ROWS), dtype=tl.float32), UPCAST)
         if SCALED:
@@ -175,7 +175,7 @@ def _attend_split(
         total = total * fading + tl.sum(weights, axis=0)
         if SCALED:
             weights *= scale[:, None]
-        context = _dot(tl.trans(latents), weights.to(latents.dtype), context * fading[None, :], UPCAST)
+        context = _dot(tl.trans(latents), weights.to(content.dtype), context * fading[None, :], UPCAST)
         high = higher
 
     result = (batch64 * splits + split) * (heads * queries) + row

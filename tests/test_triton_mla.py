@@ -1,5 +1,8 @@
 """The latent decode kernel against its plain twin. Without a GPU it runs in Triton's interpreter."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -153,9 +156,12 @@ def test_low_precision_stays_near_fp32(dtype):
 def test_latents_may_be_quantised_with_a_scale_per_token(kind):
     tensors, scales = inputs(queries=2, keys=45), torch.rand(2, 50, device=DEVICE).narrow(1, 0, 45) + 0.5
     codes = torch.randint(-8, 9, tensors[2].shape, device=DEVICE).to(kind)  # E4M3 holds these too
-    ours = triton_mla.mla_decode(tensors[0], tensors[1], codes, tensors[3], 0.2, scales=scales, splits=2)
-    tensors[2] = codes.double() * scales[..., None]
-    torch.testing.assert_close(ours.double(), attend(*tensors), rtol=1e-5, atol=1e-5)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        q_latent, q_rope, k_rope = (tensors[place].to(dtype) for place in (0, 1, 3))
+        ours = triton_mla.mla_decode(q_latent, q_rope, codes, k_rope, 0.02, scales=scales, splits=2)
+        expected = attend(q_latent, q_rope, codes.double() * scales[..., None], k_rope, 0.02)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_logits_that_grow_from_block_to_block_do_not_overflow():
@@ -306,3 +312,22 @@ def test_offsets_beyond_int32(strides):
         triton_mla.mla_decode(*tensors[:2], latent, tensors[3], 0.2, scales=scales) for latent in (far, codes)
     )
     assert torch.equal(ours, expected)
+
+
+def test_the_benchmark_runs(capsys, monkeypatch):
+    monkeypatch.undo()
+    path = Path(__file__).parent.parent / "benchmarks" / "gpu_decode.py"
+    spec = importlib.util.spec_from_file_location("gpu_decode", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.main(["--smoke", "--latents", "int8"])
+    cells = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert [cell.strip() for cell in cells[1:5]] == ["2", "70", "4", "1"]
+    assert float(cells[-2]) < 0.01
+    monkeypatch.setattr(benchmark, "SCALING", 0.5)  # of the plain form alone
+    monkeypatch.setattr(benchmark, "kernel", lambda **tensors: triton_mla.mla_decode(**tensors, scaling=0.4))
+    with pytest.raises(SystemExit, match="wrong: relative error"):
+        benchmark.main(["--smoke"])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="measures a CUDA GPU, and torch finds none"):
+            benchmark.main([])
