@@ -136,18 +136,17 @@ def sweep(shape: tuple[int, int, int, int], args: argparse.Namespace, device: st
     """Times every tile for one shape, fastest first."""
     tensors, found = make(*shape, args.latents, device), []
     copies = copies_of(tensors, tensors["latent"].nbytes, args)
-    chosen = triton_mla._BLOCKS, dict(triton_mla._WARPS)
-    most = min([tile for tile in chosen[1] if tile >= shape[1] * shape[2]], default=max(chosen[1]))
+    chosen, tile = dict(triton_mla._TILES), 16 if shape[1] * shape[2] <= 16 else 64
     try:
         for tokens, stages, warps in product((16,) if args.smoke else (16, 32, 64, 128), (1, 2, 3, 4), (4, 8)):
-            triton_mla._BLOCKS, triton_mla._WARPS = ((tokens, stages),), {most: warps}
+            triton_mla._TILES[tile] = (warps, ((tokens, stages),))
             try:
                 found.append((statistics.median(seconds(kernel, copies, args.rounds)), tokens, stages, warps))
             except Exception as problem:  # it does not fit
                 print(f"  {tokens} tokens, {stages} stages, {warps} warps: {str(problem).splitlines()[0][:80]}")
     finally:
-        triton_mla._BLOCKS, triton_mla._WARPS = chosen
-    print(f"batch {shape[0]}, context {shape[3]}, {shape[1]} heads, {shape[2]} new tokens, {most} rows in a tile:")
+        triton_mla._TILES.update(chosen)
+    print(f"batch {shape[0]}, context {shape[3]}, {shape[1]} heads, {shape[2]} new tokens, {tile} rows in a tile:")
     for middle, tokens, stages, warps in sorted(found)[:6]:
         print(f"  {middle * 1e6:.1f} us with {tokens} tokens, {stages} stages, {warps} warps")
 

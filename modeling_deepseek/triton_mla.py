@@ -18,14 +18,19 @@ AVAILABLE = hasattr(triton, "cdiv")
 LOG2_E = 1.4426950408889634
 HIDDEN = tl.constexpr(-3.4028234663852886e38)  # score of what a mask hides: a row that sees nothing is spread evenly
 
-# Query rows (heads times new tokens) of a tile -> warps. Chosen by reasoning, not yet by measurement. Scores are computed tokens
-# first, [TOKENS, ROWS], so that 64 tokens fill Hopper's wgmma whatever the number of heads; rows are its narrow side.
-_WARPS = {16: 4, 32: 8, 64: 8}
-# Tokens of a block and buffers of the pipeline, best first: the first pair that fits the GPU's shared memory is taken.
-# H100 has 227 KiB for a block of threads. 16 heads, bf16, 512 + 64: the queries are 16 x 576 x 2 B = 18 KiB, a block of 64 tokens
-# 64 x 576 x 2 B = 72 KiB, so that two buffers are 162 KiB. While one is multiplied (2.2 MFLOP: about 0.5 us at half of a
-# processor's rate) the other is read (2.9 us at 1 / 132 of 3.35 TB/s): reading binds. 64 rows: 72 + 144 = 216 KiB.
-_BLOCKS = ((64, 2), (32, 2), (32, 1), (16, 2), (16, 1))
+# Query rows (heads times new tokens) of a tile -> warps, then tokens of a block and buffers of latents, best first: the first pair
+# that fits the GPU's shared memory is taken. Chosen by reasoning and by what ptxas says for sm_90 (registers, spills, shared
+# memory, what is in flight while products run), not yet by measurement: benchmarks/gpu_decode.py --sweep does that.
+# Hopper's wgmma wants 64 rows. 16 heads are the narrow side of scores [64 TOKENS, ROWS], so that nothing is padded; 64 rows are the
+# long side of [ROWS, TOKENS]. An H100 gives a block of threads 227 KiB. 16 heads, bf16, 512 + 64: queries 16 x 576 x 2 B = 18 KiB,
+# a buffer of 64 latents 64 x 512 x 2 B = 64 KiB, their rope keys 8 KiB, weights 2 KiB: with three buffers 220 KiB, and while one
+# is multiplied (2.2 MFLOP: about 0.5 us at half of a processor's rate) the next is read (2.9 us at 1 / 132 of 3.35 TB/s): reading
+# binds. Two buffers are too few: Triton asks for the next block after the products. The rope keys have no third buffer to fit in,
+# and are asked for by hand, one block ahead. 64 rows: 72 + 4 x 32 + 4 + 4 = 208 KiB.
+_TILES = {
+    16: (4, ((64, 3), (64, 2), (32, 2), (16, 2), (16, 1))),
+    64: (8, ((32, 4), (32, 3), (32, 2), (16, 2), (16, 1))),
+}
 MIN_BLOCKS = 2  # of a split: a shorter one costs as much to combine as to read
 MAX_SPLITS = 256
 SCAN = 16  # blocks whose mask is looked at together
@@ -86,6 +91,7 @@ def _attend_split(
     SCALED: tl.constexpr,
     STARTS: tl.constexpr,
     ENDS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """ROWS rows of queries against every `splits`-th block of tokens: weighted sums, their weights' totals and maxima."""
@@ -96,11 +102,16 @@ def _attend_split(
     rank, rope, place = tl.arange(0, RANK_TILE), tl.arange(0, ROPE_TILE), tl.arange(0, TOKENS)
     batch64 = batch.to(tl.int64)
 
-    # queries stand transposed, [RANK, ROWS] and [ROPE, ROWS]
-    ours = q_latent + batch64 * q_latent_b + head * q_latent_h + query * q_latent_s
-    content = tl.load(ours[None, :] + rank[:, None], mask=(rank < RANK)[:, None] & real[None, :], other=0.0)
-    ours = q_rope + batch64 * q_rope_b + head * q_rope_h + query * q_rope_s
-    position = tl.load(ours[None, :] + rope[:, None], mask=(rope < ROPE)[:, None] & real[None, :], other=0.0)
+    q_latent += batch64 * q_latent_b + head * q_latent_h + query * q_latent_s
+    q_rope += batch64 * q_rope_b + head * q_rope_h + query * q_rope_s
+    if ROWS_FIRST:
+        content = tl.load(q_latent[:, None] + rank[None, :], mask=(rank < RANK)[None, :] & real[:, None], other=0.0)
+        position = tl.load(q_rope[:, None] + rope[None, :], mask=(rope < ROPE)[None, :] & real[:, None], other=0.0)
+        context = tl.zeros((ROWS, RANK_TILE), dtype=tl.float32)
+    else:
+        content = tl.load(q_latent[None, :] + rank[:, None], mask=(rank < RANK)[:, None] & real[None, :], other=0.0)
+        position = tl.load(q_rope[None, :] + rope[:, None], mask=(rope < ROPE)[:, None] & real[None, :], other=0.0)
+        context = tl.zeros((RANK_TILE, ROWS), dtype=tl.float32)
 
     start, end = 0, length
     if STARTS:
@@ -134,7 +145,12 @@ def _attend_split(
     k_rope += batch64 * k_rope_b
     high = tl.full((ROWS,), HIDDEN, dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
-    context = tl.zeros((RANK_TILE, ROWS), dtype=tl.float32)
+    next_begin = start + (first * splits + split) * TOKENS
+    keys = tl.load(
+        k_rope + next_begin.to(tl.int64) * k_rope_t + (place[:, None] * k_rope_t + rope[None, :]),
+        mask=(next_begin + place < end)[:, None] & (rope < ROPE)[None, :],
+        other=0.0,
+    )
     for mine in tl.range(first, past, num_stages=STAGES):
         begin = start + (mine * splits + split) * TOKENS
         begin64 = begin.to(tl.int64)  # 128k tokens of 32 rows are more elements than int32 counts
@@ -151,18 +167,26 @@ def _attend_split(
             mask=inside[:, None] & (rank < RANK)[None, :],
             other=0.0,
         )
-        keys = tl.load(
-            k_rope + begin64 * k_rope_t + (place[:, None] * k_rope_t + rope[None, :]),
-            mask=inside[:, None] & (rope < ROPE)[None, :],
-            other=0.0,
-        )
         if SCALED:
             latents = latents.to(tl.float32 if UPCAST else content.dtype)
             scale = tl.load(scales + batch64 * scales_b + begin64 * scales_t + place * scales_t, mask=inside, other=0.0)
-        scores = _dot(latents, content, tl.zeros((TOKENS, ROWS), dtype=tl.float32), UPCAST)
-        if SCALED:
-            scores *= scale[:, None]
-        scores = _dot(keys, position, scores, UPCAST) * scaling_log2
+        if ROWS_FIRST:
+            scores = _dot(content, tl.trans(latents), tl.zeros((ROWS, TOKENS), dtype=tl.float32), UPCAST)
+            if SCALED:
+                scores *= scale[None, :]
+            scores = tl.trans(_dot(position, tl.trans(keys), scores, UPCAST))  # a name for other axes: nothing moves
+        else:
+            scores = _dot(latents, content, tl.zeros((TOKENS, ROWS), dtype=tl.float32), UPCAST)
+            if SCALED:
+                scores *= scale[:, None]
+            scores = _dot(keys, position, scores, UPCAST)
+        scores *= scaling_log2
+        next_begin = begin + splits * TOKENS
+        keys = tl.load(
+            k_rope + next_begin.to(tl.int64) * k_rope_t + (place[:, None] * k_rope_t + rope[None, :]),
+            mask=(next_begin + place < end)[:, None] & (rope < ROPE)[None, :],
+            other=0.0,
+        )
         if MASKED:
             scores = tl.where(seen != 0, scores, HIDDEN)
         if CAUSAL:
@@ -175,9 +199,15 @@ def _attend_split(
         total = total * fading + tl.sum(weights, axis=0)
         if SCALED:
             weights *= scale[:, None]
-        context = _dot(tl.trans(latents), weights.to(content.dtype), context * fading[None, :], UPCAST)
+        weights = weights.to(content.dtype)
+        if ROWS_FIRST:
+            context = _dot(tl.trans(weights), latents, context * fading[:, None], UPCAST)
+        else:
+            context = _dot(tl.trans(latents), weights, context * fading[None, :], UPCAST)
         high = higher
 
+    if ROWS_FIRST:
+        context = tl.trans(context)
     result = (batch64 * splits + split) * (heads * queries) + row
     tl.store(contexts + result[None, :] * RANK + rank[:, None], context, mask=(rank < RANK)[:, None] & real[None, :])
     tl.store(highs + result, high, mask=real)
@@ -260,7 +290,7 @@ def mla_decode(
     processors, shared = _device(latent.device)
     rank_tile, rope_tile = (max(16, _power_of_2(width)) for width in (rank, rope))
     item = q_latent.element_size()
-    rows, tokens, stages, warps = _tile(heads * queries, rank_tile + rope_tile, item, shared)
+    rows, tokens, stages, warps = _tile(heads * queries, rank_tile, rope_tile, item, shared)
     row_blocks = _ceil(heads * queries, rows)
     if splits is None:
         splits = _splits(batch * row_blocks, _ceil(length, tokens), processors)
@@ -306,6 +336,7 @@ def mla_decode(
         SCALED=scales is not None,
         STARTS=starts is not None,
         ENDS=ends is not None,
+        ROWS_FIRST=rows >= 64,
         UPCAST=not latent.is_cuda,
         num_warps=warps if scales is None else 8,  # which converts the latents in registers
     )
@@ -345,16 +376,14 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-def _tile(rows: int, width: int, item: int, shared: int) -> tuple[int, int, int, int]:
-    """Rows, tokens, stages and warps of a tile for `rows` rows of queries, which like the latents are `width` items wide."""
-    most = next((tile for tile in _WARPS if rows <= tile), max(_WARPS))
-    for tile in sorted((tile for tile in _WARPS if tile <= most), reverse=True):
-        for tokens, stages in _BLOCKS:
-            if item * (width * (tile + stages * tokens) + tile * tokens) <= shared:
-                return tile, tokens, stages, _WARPS[tile]
-    raise ValueError(
-        f"Latents of {width * item} bytes a token do not fit the {shared} bytes of this GPU's shared memory."
-    )
+def _tile(rows: int, rank: int, rope: int, item: int, shared: int) -> tuple[int, int, int, int]:
+    """Rows, tokens, stages and warps of a tile for `rows` rows of queries; `rank` and `rope` items wide, as the latents are."""
+    for tile in (16,) if rows <= 16 else (64, 16):
+        warps, blocks = _TILES[tile]
+        for tokens, stages in blocks:
+            if item * (tile * (rank + rope) + tokens * (stages * rank + rope + tile)) <= shared:
+                return tile, tokens, stages, warps
+    raise ValueError(f"Latents of {rank} + {rope} items do not fit the {shared} bytes of this GPU's shared memory.")
 
 
 def _splits(programs: int, blocks: int, processors: int) -> int:
