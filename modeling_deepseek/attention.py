@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import absorbed_attention, absorbed_attention_quantized, has_fast_gemm
+from .ops import absorbed_attention_quantized, attend_latents, gpu_wants_padded_values, has_fast_gemm
 from .quantized import QuantizedStates, as_tensor
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
@@ -160,7 +160,8 @@ class DeepseekLatentAttention(DeepseekAttention):
             output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
-            with recomputed(by, self.expand_all, q_latent, latent, k_rope, cos, sin) as (query, key, value):
+            inputs = (q_latent, latent, k_rope, cos, sin, attention_mask is not None)
+            with recomputed(by, self.expand_all, *inputs) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output), weights
 
@@ -173,22 +174,32 @@ class DeepseekLatentAttention(DeepseekAttention):
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         return q_nope, self.rotate(q_rope, cos, sin)
 
-    def expand_all(self, q_latent, latent, k_rope, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def expand_all(
+        self, q_latent, latent, k_rope, cos, sin, masked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[B, H, S, n + r]`, keys and values as `expand` gives them: the up-projections and what is around them."""
         query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
         key, value = self.expand(latent, k_rope)
-        if self.pads_values(query):
+        if self.pads_values(query, key, masked):
             value = nn.functional.pad(value, (0, self.qk_head_dim - self.v_head_dim))
         return query, key, value
 
-    def pads_values(self, query: torch.Tensor) -> bool:
-        """Whether values get zeros up to the width of the keys: on a CPU, PyTorch's kernel that keeps no weights wants that."""
+    def pads_values(self, query: torch.Tensor, key: torch.Tensor, masked: bool) -> bool:
+        """Whether values get zeros up to the width of the keys, as PyTorch's kernels that keep no weights want them.
+
+        On a GPU that is flash attention, which takes neither masks nor a causal rectangle.
+        """
+        if self.v_head_dim >= self.qk_head_dim or self.config._attn_implementation != "sdpa":
+            return False
+        dropout = self.attention_dropout if self.training else 0.0
+        if query.device.type == "cuda":
+            widths = (self.qk_head_dim, self.v_head_dim)
+            fits = not masked and query.shape[2] == key.shape[2]
+            return fits and gpu_wants_padded_values(query.device, query.dtype, *widths, query.requires_grad, dropout)
         return (
             query.device.type == "cpu"
-            and self.v_head_dim < self.qk_head_dim
-            and self.config._attn_implementation == "sdpa"
             and has_fast_gemm("cpu", query.dtype)
-            and not (self.training and self.attention_dropout)
+            and not dropout
             and (query.shape[2] >= PADDED_MIN_QUERIES or (self.training and self.recompute is not None))
         )
 
@@ -231,7 +242,7 @@ class DeepseekLatentAttention(DeepseekAttention):
             states = (q_nope, q_rope, latent, k_rope)
             output, probs = absorbed_attention_quantized(*states, w_uk, w_uv, self.scaling, mask), None
         else:
-            output, probs = absorbed_attention(
+            output, probs = attend_latents(
                 q_nope,
                 q_rope,
                 as_tensor(latent).squeeze(1).to(q_nope.dtype),
@@ -241,6 +252,7 @@ class DeepseekLatentAttention(DeepseekAttention):
                 self.scaling,
                 mask=mask,
                 dropout=dropout,
+                weights=eager,
             )
         if bias is not None:
             # the keys' part shifts all scores of a query alike, the values' part meets weights that sum to 1

@@ -10,6 +10,8 @@ from .cpu_kernels import product as cpu_product
 from .quantized import QuantizedStates, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
+from .triton_mla import AVAILABLE as DECODE_KERNEL
+from .triton_mla import mla_decode
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
@@ -19,9 +21,9 @@ SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
 }
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
-C_MAX_TOKENS = (
-    8  # measured: the C product is faster than dequantising and a matrix product up to 8 tokens, slower from 16
-)
+C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
+MLA_DECODE = "auto"  # or "kernel", "torch": how new tokens meet the latents of a cache; set it to choose
+MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -91,12 +93,88 @@ def absorbed_attention(
     return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
 
 
+def attend_latents(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    weights: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[`absorbed_attention`], in one Triton kernel for what [`decodes_in_kernel`] says yes to; `weights` says if they are wanted.
+
+    Returns:
+        outputs `[B, H, S, v]`, and attention weights `[B, H, S, T]` or `None`.
+    """
+    tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
+    if weights or dropout or not decodes_in_kernel(tensors, mask):
+        return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
+    context = mla_decode(_per_head(q_nope, w_uk), q_rope, latent, k_rope, scaling, mask)
+    return _per_head(context, w_uv.transpose(1, 2)), None
+
+
+def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> bool:
+    """Whether the attention of these queries, latents and weights runs in the Triton kernel: by [`MLA_DECODE`].
+
+    "auto" takes it for up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability 8.0 on. Whatever
+    was chosen, what needs gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
+
+    Raises:
+        ValueError: for another `MLA_DECODE`, and for "kernel" where there is none.
+    """
+    if MLA_DECODE not in ("auto", "kernel", "torch"):
+        raise ValueError(f"MLA_DECODE is 'auto', 'kernel' or 'torch', got {MLA_DECODE!r}.")
+    queries, device = tensors[0], tensors[2].device
+    dtypes = {tensor.dtype for tensor in tensors}
+    one_kind = len(dtypes) == 1 and dtypes < {torch.bfloat16, torch.float16, torch.float32}
+    if MLA_DECODE == "kernel" and not (DECODE_KERNEL and one_kind):
+        raise ValueError(
+            "MLA_DECODE = 'kernel' wants Triton, and queries, latents and weights that are all bf16, fp16 or fp32, got "
+            f"{', '.join(sorted(map(str, dtypes)))}: leave it at 'auto'."
+        )
+    if MLA_DECODE == "auto":
+        fits = device.type == "cuda" and queries.shape[2] <= MLA_DECODE_MAX_QUERIES and queries.element_size() == 2
+        if not (fits and one_kind and gpu_decodes_in_kernel(device)):
+            return False
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    plain_mask = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    return MLA_DECODE != "torch" and plain_mask and not trains and not torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result
+def gpu_decodes_in_kernel(device: torch.device) -> bool:
+    """Whether `device` is a GPU that the decode kernel was written for, and Triton is there."""
+    return DECODE_KERNEL and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
     """Whether matrix products in `dtype` are worth running as they are.
 
     A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
     """
     return device != "cpu" or dtype not in SLOW_ON_CPU
+
+
+@torch.compiler.assume_constant_result
+def gpu_wants_padded_values(
+    device: torch.device, dtype: torch.dtype, keys: int, values: int, trains: bool, dropout: float
+) -> bool:
+    """Whether PyTorch's causal attention on this GPU is flash attention only where `values` wide values are padded to `keys`.
+
+    PyTorch is asked: flash attention wants equal widths, cuDNN (on Hopper, from 9.11) takes 192 / 128 as it is. Without either it
+    runs memory-efficient attention, which is slower (to be measured).
+    """
+    query = torch.empty(1, 1, 256, keys, dtype=dtype, device=device, requires_grad=trains)
+    narrow = torch.empty(1, 1, 256, values, dtype=dtype, device=device, requires_grad=trains)
+    ask = torch.backends.cuda
+    as_it_is, padded = (ask.SDPAParams(query, query, value, None, dropout, True, False) for value in (narrow, query))
+    if ask.can_use_flash_attention(as_it_is) or ask.can_use_cudnn_attention(as_it_is):
+        return False
+    return ask.can_use_flash_attention(padded)
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ LAYERS = {
     "checkpoint": 0,
     "triton_kernels": 0,
     "cpu_kernels": 0,
+    "triton_mla": 0,
     "hub": 0,
     "ops": 2,
     "drafter": 3,

@@ -242,3 +242,30 @@ def test_no_dropout_is_exact_and_dropout_thins_the_weights():
     survivors = thinned != 0
     assert survivors.float().mean().item() == pytest.approx(0.75, abs=0.03)
     torch.testing.assert_close(thinned[survivors], kept[survivors] / 0.75)
+
+
+@pytest.mark.parametrize(
+    ("flash", "cudnn", "padded"),
+    [
+        (lambda p: p.query.shape == p.value.shape, lambda p: False, True),  # A100
+        (lambda p: p.query.shape == p.value.shape, lambda p: True, False),  # H100
+        (lambda p: True, lambda p: False, False),
+        (lambda p: False, lambda p: False, False),  # fp32
+    ],
+    ids=["equal widths", "cuDNN", "any widths", "neither"],
+)
+def test_values_are_padded_for_flash_where_no_other_kernel_takes_them(flash, cudnn, padded, monkeypatch):
+    ask = ops.gpu_wants_padded_values
+    arguments = (torch.device("cpu"), torch.bfloat16, 192, 128, True, 0.0)
+    if not torch.cuda.is_available():
+        assert not ask(*arguments)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", flash)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", cudnn)
+    assert ask(*arguments) is padded
+
+
+def test_the_question_for_padded_values_does_not_break_a_graph():
+    def run(x):
+        return x + ops.gpu_wants_padded_values(x.device, x.dtype, 192, 128, x.requires_grad, 0.0)
+
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).eq(0).all()
