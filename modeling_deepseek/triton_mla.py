@@ -1,5 +1,5 @@
 """Latent attention of a few new tokens in Triton, which only `ops` calls: the cache is cut into pieces (split-KV, as in
-Flash-Decoding), and every latent read once serves all heads, as key and as value.
+Flash-Decoding), and every latent that is read serves all rows of a tile, 16 to 64 heads, as key and as value.
 
 Where Triton is not installed the module still imports, and `AVAILABLE` is False.
 """
