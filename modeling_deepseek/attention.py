@@ -115,7 +115,7 @@ class DeepseekLatentAttention(DeepseekAttention):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.kv_lora_rank = config.kv_lora_rank
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
@@ -146,7 +146,7 @@ class DeepseekLatentAttention(DeepseekAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         by = self.recompute if self.training else None
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        q_latent = (self.q_proj if self.config.q_lora_rank is None else self.q_a_proj)(hidden_states)
+        q_latent = (self.q_proj if self.q_lora_rank is None else self.q_a_proj)(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
@@ -169,8 +169,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `q_a_proj` (where there is none: `q_proj`) gave -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`."""
-        query = q_latent if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
-        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        query = q_latent if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
+        query = query.view(*query.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         return q_nope, self.rotate(q_rope, cos, sin)
 
@@ -212,14 +212,16 @@ class DeepseekLatentAttention(DeepseekAttention):
         """
         if getattr(self.kv_b_proj, "_forward_pre_hooks_with_kwargs", None):
             return False  # PEFT gives every row of a batch an adapter of its own: there is no one matrix
-        if self.config.mla_mode != "auto":
-            return self.config.mla_mode == "absorbed"
+        mode = self.config.mla_mode
+        if mode != "auto":
+            return mode == "absorbed"
         if not has_cache or self.training or queries > ABSORBED_MAX_QUERIES:
             return False
         rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
         up = rank * (self.qk_nope_head_dim + self.v_head_dim)
-        absorbed = queries * (keys * (2 * rank + rope) + up) + (0 if self._plain_kv_b() else rank * up)
-        return absorbed < queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
+        absorbed = queries * (keys * (2 * rank + rope) + up)
+        expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
+        return absorbed + rank * up < expanded or (absorbed < expanded and self._plain_kv_b())
 
     def expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`."""
@@ -234,9 +236,9 @@ class DeepseekLatentAttention(DeepseekAttention):
         weight, bias = self.kv_b_weight(latent)
         w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
-        from_start = self.config._attn_implementation == "sdpa"
-        eager = self.config._attn_implementation in (None, "eager")
-        mask = dense_mask(attention_mask, batch, queries, keys, latent.device, from_start)
+        implementation = self.config._attn_implementation
+        eager = implementation in (None, "eager")
+        mask = dense_mask(attention_mask, batch, queries, keys, latent.device, implementation == "sdpa")
         dropout = self.attention_dropout if self.training else 0.0
         if isinstance(latent, QuantizedStates) and not (eager or dropout or torch.is_grad_enabled()):
             states = (q_nope, q_rope, latent, k_rope)

@@ -91,10 +91,11 @@ class LatentLayer(DynamicLayer):
         """Raises `ValueError` unless the states fit those held."""
         if not self.is_initialized or (self.get_seq_length() == 0 and self._differs(states[0])):
             self.lazy_initialization(*states)
+        rows = self._buffers[0].shape[0]
         for width, new in zip(self.widths, states, strict=True):
-            if (*self._buffers[0].shape[:2], width) != (*new.shape[:2], new.shape[-1]):
+            if (rows, 1, width) != (new.shape[0], new.shape[1], new.shape[3]):
                 raise ValueError(
-                    f"The cache holds latents of shape {tuple(self._buffers[0].shape[:2])} + (tokens, {width}), got "
+                    f"The cache holds latents of shape {(rows, 1)} + (tokens, {width}), got "
                     f"{tuple(new.shape)}: pass a cache of this model and this batch size, or a new one."
                 )
 

@@ -1,5 +1,7 @@
 """The hot operations, each as a plain reference and as the form that is used."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -72,25 +74,35 @@ def absorbed_attention(
     dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
     if not has_fast_gemm(latent.device.type, dtype):
         compute, block = torch.float32, UPCAST_BLOCK
-    q_latent = _per_head(q_nope.to(compute), w_uk.to(compute)).reshape(batch, heads * length, -1)
-    q_rope = q_rope.to(compute).reshape(batch, heads * length, -1)
+    q_latent = _per_head(_cast(q_nope, compute), _cast(w_uk, compute)).reshape(batch, heads * length, -1)
+    q_rope = _cast(q_rope, compute).reshape(batch, heads * length, -1)
+    blocks = list(zip(_split(latent, 1, block), _split(k_rope, 1, block), strict=True))
     scores = [
         torch.baddbmm(
-            torch.bmm(q_rope, keys.to(compute).transpose(1, 2)),
+            torch.bmm(q_rope, _cast(keys, compute).transpose(1, 2)),
             q_latent,
-            latents.to(compute).transpose(1, 2),
+            _cast(latents, compute).transpose(1, 2),
             beta=scaling,
             alpha=scaling,
         )
-        for latents, keys in zip(latent.split(block, dim=1), k_rope.split(block, dim=1), strict=True)
+        for latents, keys in blocks
     ]
     scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    probs = _masked_softmax(scores.view(batch, heads, length, -1), mask).to(compute)
+    probs = _cast(_masked_softmax(scores.view(batch, heads, length, -1), mask), compute)
     if dropout:
         probs = F.dropout(probs, p=dropout)
-    pieces = zip(probs.flatten(1, 2).split(block, dim=-1), latent.split(block, dim=1), strict=True)
-    context = sum(torch.bmm(piece, latents.to(compute)) for piece, latents in pieces).view(batch, heads, length, -1)
-    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
+    pieces = zip(_split(probs.flatten(1, 2), 2, block), blocks, strict=True)
+    context = functools.reduce(torch.add, (torch.bmm(piece, _cast(latents, compute)) for piece, (latents, _) in pieces))
+    context = context.view(batch, heads, length, -1)
+    return _cast(_per_head(context, _cast(w_uv, compute).transpose(1, 2)), dtype), _cast(probs, dtype)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _split(x: torch.Tensor, dim: int, size: int) -> tuple[torch.Tensor, ...]:
+    return (x,) if x.shape[dim] <= size else x.split(size, dim=dim)
 
 
 def attend_latents(
@@ -129,6 +141,8 @@ def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | No
     if MLA_DECODE not in ("auto", "kernel", "torch"):
         raise ValueError(f"MLA_DECODE is 'auto', 'kernel' or 'torch', got {MLA_DECODE!r}.")
     queries, device = tensors[0], tensors[2].device
+    if MLA_DECODE == "auto" and device.type != "cuda":
+        return False
     dtypes = {tensor.dtype for tensor in tensors}
     one_kind = len(dtypes) == 1 and dtypes < {torch.bfloat16, torch.float16, torch.float32}
     if MLA_DECODE == "kernel" and not (DECODE_KERNEL and one_kind):
@@ -137,7 +151,7 @@ def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | No
             f"{', '.join(sorted(map(str, dtypes)))}: leave it at 'auto'."
         )
     if MLA_DECODE == "auto":
-        fits = device.type == "cuda" and queries.shape[2] <= MLA_DECODE_MAX_QUERIES and queries.element_size() == 2
+        fits = queries.shape[2] <= MLA_DECODE_MAX_QUERIES and queries.element_size() == 2
         if not (fits and one_kind and gpu_decodes_in_kernel(device)):
             return False
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -180,6 +194,8 @@ def gpu_wants_padded_values(
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]`, one matrix product per head over all B * S rows."""
     batch, heads, length, _ = x.shape
+    if batch == 1:
+        return torch.bmm(x.squeeze(0), weight).unsqueeze(0)
     rows = torch.bmm(x.transpose(0, 1).reshape(heads, batch * length, -1), weight)
     return rows.view(heads, batch, length, -1).transpose(0, 1)
 
@@ -191,7 +207,8 @@ def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
 
 def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Scores in fp32, the lowest number where the mask hides a key."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:

@@ -11,6 +11,7 @@ from modeling_deepseek.rope import (
     attention_softmax_scale,
     rotate_halves,
     rotate_interleaved,
+    rotation_tables,
     yarn_attention_factor,
     yarn_mscale,
 )
@@ -20,6 +21,11 @@ YARN = dict(
     rope_type="yarn", rope_theta=1e4, factor=40, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1
 )
 ROTATIONS = pytest.mark.parametrize("rotate", [rotate_interleaved, rotate_halves])
+
+
+def tables(rotate, cos, sin):
+    """What `rotate` takes, of cos and sin of every pair."""
+    return rotation_tables(cos, sin, interleaved=rotate is rotate_interleaved)
 
 
 def released_config(**mscales):
@@ -107,15 +113,16 @@ def test_positions_of_every_row_are_its_own():
     cos, sin = rope(torch.zeros(1), positions)
     angles = positions[..., None].double() * rope.inv_freq.double()
     factor = rope.attention_scaling
-    torch.testing.assert_close(cos.double(), angles.cos() * factor, rtol=0, atol=1e-2)  # fp32 angles of 1e5 radians
-    torch.testing.assert_close(sin[0].double(), angles[0].sin() * factor, rtol=0, atol=1e-6)
+    expected = rotation_tables(angles.cos() * factor, angles.sin() * factor, interleaved=True)
+    torch.testing.assert_close(cos.double(), expected[0], rtol=0, atol=1e-2)  # fp32 angles of 1e5 radians
+    torch.testing.assert_close(sin[0].double(), expected[1][0], rtol=0, atol=1e-6)
 
 
 def test_tables_are_fp32_in_a_bf16_model():
     rope = DeepseekRotaryEmbedding(released_config())
     cos, sin = rope(torch.zeros(1, dtype=torch.bfloat16), torch.arange(9)[None])
     assert cos.dtype == sin.dtype == torch.float32
-    assert cos.shape == sin.shape == (1, 9, 32)
+    assert cos.shape == sin.shape == (1, 9, 64)
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16(), lambda m: m.half()])
@@ -137,7 +144,7 @@ def test_frequencies_are_fp32_after_building_a_model_in_bf16():
 def test_rotation_is_complex_multiplication(rotate, shape):
     x, angles = torch.randn(shape), torch.randn(shape[-2], shape[-1] // 2, dtype=torch.double) * 10
     expected = rotated_in_complex(x, angles, interleaved=rotate is rotate_interleaved)
-    rotated = rotate(x, angles.cos().float(), angles.sin().float())
+    rotated = rotate(x, *tables(rotate, angles.cos().float(), angles.sin().float()))
     torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=1e-6)
 
 
@@ -145,7 +152,7 @@ def test_rotation_is_complex_multiplication(rotate, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_input_is_rotated_in_fp32_and_rounded_once(rotate, dtype):
     x, angles = torch.randn(4, 512, 64).to(dtype), torch.rand(512, 32, dtype=torch.double) * 100
-    rotated = rotate(x, angles.cos().float(), angles.sin().float())
+    rotated = rotate(x, *tables(rotate, angles.cos().float(), angles.sin().float()))
     exact = rotated_in_complex(x, angles, interleaved=rotate is rotate_interleaved)
     assert rotated.dtype == dtype
     assert (rotated == exact.to(dtype)).float().mean() > 0.999  # the rest lies between two neighbours
@@ -155,7 +162,7 @@ def test_low_precision_input_is_rotated_in_fp32_and_rounded_once(rotate, dtype):
 def test_fp64_input_is_rotated_in_fp64(rotate):
     x, angles = torch.randn(5, 8, dtype=torch.double), torch.randn(5, 4, dtype=torch.double)
     expected = rotated_in_complex(x, angles, interleaved=rotate is rotate_interleaved)
-    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rotate(x, *tables(rotate, angles.cos(), angles.sin())), expected, rtol=0, atol=1e-12)
 
 
 @ROTATIONS
@@ -164,7 +171,8 @@ def test_scores_depend_on_the_distance_alone(rotate):
     query, key = torch.randn(2, 1, 64)
     scores = []
     for start in (0, 1000):
-        cos, sin = rope(query, torch.tensor([[start, start + 13]]))
+        halves = [table[..., ::2] for table in rope(query, torch.tensor([[start, start + 13]]))]
+        cos, sin = tables(rotate, halves[0], -halves[1])
         scores.append(rotate(query, cos[0, 1], sin[0, 1]) @ rotate(key, cos[0, 0], sin[0, 0]).T)
     torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=1e-3)
 
@@ -172,8 +180,10 @@ def test_scores_depend_on_the_distance_alone(rotate):
 def test_the_two_pairings_differ_by_a_permutation():
     x, cos, sin = torch.randn(3, 8), *torch.randn(2, 4)
     order = torch.arange(8).view(2, 4).T.flatten()  # halves -> neighbours: 0 4 1 5 ...
-    torch.testing.assert_close(rotate_interleaved(x[:, order], cos, sin), rotate_halves(x, cos, sin)[:, order])
-    assert not torch.allclose(rotate_interleaved(x, cos, sin), rotate_halves(x, cos, sin), atol=1e-2)
+    neighbours, halves = (tables(rotate, cos, sin) for rotate in (rotate_interleaved, rotate_halves))
+    expected = rotate_halves(x, *halves)
+    torch.testing.assert_close(rotate_interleaved(x[:, order], *neighbours), expected[:, order])
+    assert not torch.allclose(rotate_interleaved(x, *neighbours), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(("interleaved", "rotate"), [(True, rotate_interleaved), (False, rotate_halves)])
