@@ -63,7 +63,7 @@ class Case:
     def expanded(self) -> torch.Tensor:
         query = torch.cat((self.q_nope, self.q_rope), dim=-1)
         key, value = self.ours.expand(self.latent, self.k_rope)
-        if self.ours.pads_values(query):
+        if self.ours.pads_values(query, key, self.seen is not None):
             value = torch.nn.functional.pad(value, (0, self.ours.qk_head_dim - self.ours.v_head_dim))
         return self.ours.attend(query, key, value, self.seen)[0]
 

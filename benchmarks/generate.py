@@ -1,7 +1,7 @@
 """`generate` of ours beside transformers' native class: same weights and cached tokens, in turns in one process.
 
     python benchmarks/generate.py lite [--contexts 1024 4096 16384] [--layers 4] [--dtypes bfloat16]   # V2-Lite, cut in depth
-    python benchmarks/generate.py thin [--compile]                 # 27 layers so thin that only what surrounds them takes time
+    python benchmarks/generate.py thin [--compile]     # 27 layers so thin that only what surrounds them takes time; processor time
     python benchmarks/generate.py memory [--contexts 16384]        # peak of decoding, above the weights
 
 Caches are filled with random latents. Native is measured with "sdpa" and "eager"; the better of both counts.
@@ -128,7 +128,9 @@ def thin(args: argparse.Namespace) -> None:
             model.forward = torch.compile(model.forward, dynamic=False)
         calls[name] = lambda model=model: model.generate(ids, **kept)
     start = time.perf_counter()
-    times = take_turns(calls, args.rounds, warmup=2)
+    times = take_turns(
+        calls, args.rounds, warmup=2, clock=time.process_time if args.threads == 1 else time.perf_counter
+    )
     native = better(times, list(NATIVE))
     head("form", "ours, ms per token", "better native", "ours takes of it")
     share = spread(ratios(times["ours"], times[native]))
@@ -176,11 +178,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", nargs=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.layers = args.layers or (27 if args.what == "thin" else 4)
+    args.threads = args.threads or (1 if args.what == "thin" else 2)
     args.tokens = args.tokens or (32 if args.what == "thin" else 4)
     torch.set_num_threads(args.threads)
     if args.only:

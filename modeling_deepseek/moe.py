@@ -44,18 +44,17 @@ def auto_experts_forward(
 ) -> torch.Tensor:
     """The implementation that is fastest for so many tokens on this device; all give the same but for rounding."""
     tokens, arguments = len(hidden_states), (hidden_states, top_k_index, top_k_weights)
-    if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
-        if weights <= SMALL_WEIGHTS and not experts._is_expert_parallel:
-            return gathered_experts_forward(experts, *arguments)
-        if tokens <= FEW_TOKENS:
-            return few_tokens_experts_forward(experts, *arguments)
-        return (grouped_mm_experts_forward if tokens < MANY_TOKENS else sorted_loop)(experts, *arguments)
-    if not torch.is_grad_enabled() and 3 * top_k_index.numel() <= experts.num_experts:
-        return batched_mm_experts_forward(
-            experts, *arguments
-        )  # it copies the weights that it uses: reads and writes them
-    return grouped_mm_experts_forward(experts, *arguments)
+    if torch.is_grad_enabled():
+        return grouped_mm_experts_forward(experts, *arguments)
+    if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU
+        few = 3 * top_k_index.numel() <= experts.num_experts
+        return (batched_mm_experts_forward if few else grouped_mm_experts_forward)(experts, *arguments)
+    weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
+    if weights <= SMALL_WEIGHTS and not experts._is_expert_parallel:
+        return gathered_experts_forward(experts, *arguments)
+    if torch.compiler.is_compiling() or FEW_TOKENS < tokens < MANY_TOKENS:
+        return grouped_mm_experts_forward(experts, *arguments)
+    return few_tokens_experts_forward(experts, *arguments) if tokens <= FEW_TOKENS else sorted_loop(experts, *arguments)
 
 
 def gathered_experts_forward(
