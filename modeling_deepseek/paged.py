@@ -70,8 +70,7 @@ class PagedLatents:
         read_index = [read_index[0][self.slots]] if self.reads else read_index
         self.indices = {"read_index": read_index, "write_index": write_index}
         if "kwargs" in inspect.signature(cache.update).parameters:  # transformers 5.17 takes the indices by name
-            lengths = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": kwargs["max_length_k"]}
-            self.indices = {"kwargs": self.indices | lengths}
+            self.indices = {"kwargs": {**kwargs, **self.indices, "cu_seq_lens_k": cu_seq_lens_k}}
 
     @torch.compiler.disable  # as transformers' own: it does not know that the pool is written in place
     def attend(self, module: DeepseekLatentAttention, q_latent, latent, k_rope, cos, sin) -> torch.Tensor:
