@@ -70,8 +70,7 @@ class PagedLatents:
         read_index = [read_index[0][self.slots]] if self.reads else read_index
         self.indices = {"read_index": read_index, "write_index": write_index}
         if "kwargs" in inspect.signature(cache.update).parameters:  # transformers 5.17 takes the indices by name
-            lengths = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": kwargs["max_length_k"]}
-            self.indices = {"kwargs": self.indices | lengths}
+            self.indices = {"kwargs": {**kwargs, **self.indices, "cu_seq_lens_k": cu_seq_lens_k}}
 
     @torch.compiler.disable  # as transformers' own: it does not know that the pool is written in place
     def attend(self, module: DeepseekLatentAttention, q_latent, latent, k_rope, cos, sin) -> torch.Tensor:
@@ -193,19 +192,19 @@ class ContinuousBatchingMixin:
         Raises:
             ValueError: for what continuous batching cannot do (see [`check_batching`]).
         """
-        check_batching(self.config, generation_config or self.generation_config, continuous_batching_config)
-        latent, given = hasattr(self.config, "kv_lora_rank"), continuous_batching_config is not None
-        if (
-            latent and "auto_switch_to_flash" in ContinuousBatchingConfig.__dataclass_fields__
-        ):  # not in transformers 5.17
-            continuous_batching_config = copy.copy(continuous_batching_config) if given else ContinuousBatchingConfig()
-            continuous_batching_config.auto_switch_to_flash = False
-        manager = super().init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        generation = generation_config or self.generation_config
+        batching = continuous_batching_config or getattr(generation, "continuous_batching_config", None)
+        batching = ContinuousBatchingConfig() if batching is None else copy.copy(batching)
+        check_batching(self.config, generation, batching)
+        latent = hasattr(self.config, "kv_lora_rank")
+        if latent:
+            batching.auto_switch_to_flash = False  # transformers 5.17 does not ask
+        manager = super().init_continuous_batching(generation, batching, *args, **kwargs)
         if latent and not isinstance(manager.model, ModelOverPool):
             manager.model = ModelOverPool(self)
             resolved = manager.continuous_batching_config  # what else is resolved for an attention that needs no mask
             resolved.max_blocks_per_request, resolved.use_cuda_graph = 0, (False, False)
-            resolved.use_async_batching = bool(getattr(continuous_batching_config, "use_async_batching", None))
+            resolved.use_async_batching = bool(batching.use_async_batching)
             if "flash" in self.config._attn_implementation:
                 logger.warning_once(
                     f"Continuous batching of latents runs expanded attention by sdpa, not {self.config._attn_implementation}."
@@ -231,7 +230,9 @@ class ContinuousBatchingMixin:
         return super().generate_batch(inputs, *args, **kwargs)
 
 
-def check_batching(config: PreTrainedConfig, generation_config: GenerationConfig, batching_config) -> None:
+def check_batching(
+    config: PreTrainedConfig, generation_config: GenerationConfig, batching_config: ContinuousBatchingConfig
+) -> None:
     """Raises `ValueError` for what continuous batching would leave out, or do wrong, in silence."""
     for name, plain in (
         ("use_mtp", (None, False)),
@@ -248,6 +249,6 @@ def check_batching(config: PreTrainedConfig, generation_config: GenerationConfig
             f"rope_type {rope_type!r} changes with the longest request of a batch, so that none would be what it is alone: use "
             "generate."
         )
-    graphs = getattr(batching_config, "use_cuda_graph", None)
+    graphs = batching_config.use_cuda_graph
     if hasattr(config, "kv_lora_rank") and (any(graphs) if isinstance(graphs, tuple) else graphs):
         raise ValueError(f"Latents are read request by request, and use_cuda_graph is {graphs}: leave it out.")
