@@ -224,7 +224,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         eager = self.config._attn_implementation in (None, "eager")
         mask = dense_mask(attention_mask, batch, queries, keys, latent.device, from_start)
         dropout = self.attention_dropout if self.training else 0.0
-        if isinstance(latent, QuantizedStates) and not (eager or dropout or torch.is_grad_enabled()):
+        plain = eager or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if isinstance(latent, QuantizedStates) and not plain:
             states = (q_nope, q_rope, latent, k_rope)
             output, probs = absorbed_attention_quantized(*states, w_uk, w_uv, self.scaling, mask), None
         else:

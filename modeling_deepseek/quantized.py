@@ -70,12 +70,12 @@ def read(states: torch.Tensor | QuantizedStates, here: slice, room: torch.Tensor
     held = (states.codes if isinstance(states, QuantizedStates) else states)[:, 0, here]
     out = room[: held.shape[0] * held.shape[1] * states.shape[-1]].view(*held.shape[:2], states.shape[-1])
     packed = isinstance(states, QuantizedStates) and states.bits == 6
-    return out.copy_(unpack(held, states.width, brief=True) if packed else held)
+    return out.copy_(unpack_briefly(held, states.width) if packed else held)
 
 
 def space(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Uninitialised vectors of these sizes; on a CPU in memory that the next call uses again."""
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu":
         return scratch((sum(sizes),), dtype).split(sizes)
     return torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
 
@@ -95,14 +95,24 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return (hadamard(rows, x.dtype, x.device) @ grid).flatten(-3)
 
 
-@functools.lru_cache
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Sylvester's matrix `[size, size]`, orthogonal: `size` is a power of two."""
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-        while len(matrix) < size:
-            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-        return (matrix / size**0.5).to(device, dtype)
+    if torch.compiler.is_compiling():
+        return _sylvester(size).to(device, dtype)
+    return _held_hadamard(size, dtype, device)
+
+
+@functools.lru_cache
+def _held_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # or a graph could not hold it
+        return _sylvester(size).to(device, dtype)
+
+
+def _sylvester(size: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -118,15 +128,19 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return first >> 2 | upper
 
 
-def unpack(packed: torch.Tensor, width: int, brief: bool = False) -> torch.Tensor:
-    """What [`pack`] was given, `[..., width]`; with `brief` on a CPU in memory that the next call uses again."""
+def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """What [`pack`] was given, `[..., width]`."""
+    one, two, three = packed.split(packed.shape[-1] // 3, dim=-1)
+    last = (one & 0xC0) | ((two >> 2) & 0x30) | ((three >> 4) & 0x0C)
+    return torch.cat((packed << 2, last), dim=-1).view(torch.int8)[..., :width]
+
+
+def unpack_briefly(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """[`unpack`]; on a CPU in memory that the next call uses again."""
     quarter = packed.shape[-1] // 3
     shapes = [(*packed.shape[:-1], size) for size in (4 * quarter, quarter)]
-    if brief:
-        room = space(tuple(map(math.prod, shapes)), torch.uint8, packed.device)
-        codes, spare = (memory.view(shape) for memory, shape in zip(room, shapes, strict=True))
-    else:
-        codes, spare = (packed.new_empty(shape) for shape in shapes)
+    room = space(tuple(map(math.prod, shapes)), torch.uint8, packed.device)
+    codes, spare = (memory.view(shape) for memory, shape in zip(room, shapes, strict=True))
     torch.bitwise_left_shift(packed, 2, out=codes[..., : 3 * quarter])
     one, two, three = packed.split(quarter, dim=-1)
     last = torch.bitwise_and(one, 0xC0, out=codes[..., 3 * quarter :])
