@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .quantized import QuantizedStates, read, rotate, space
+from .quantized import QuantizedStates, is_quantized, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 
@@ -134,11 +134,9 @@ def absorbed_attention_quantized(
     sums = torch.promote_types(compute, torch.float32)
     held = (latent, k_rope)
     queries = (_per_head(q_nope.to(compute), w_uk.to(compute)), q_rope)
-    queries = [
-        rotate(query) if isinstance(x, QuantizedStates) else query for query, x in zip(queries, held, strict=True)
-    ]
+    queries = [rotate(query) if is_quantized(x) else query for query, x in zip(queries, held, strict=True)]
     queries = [(query.to(sums) * scaling).to(compute).reshape(batch, heads * length, -1) for query in queries]
-    scales = [x.multipliers(sums) if isinstance(x, QuantizedStates) else None for x in held]
+    scales = [x.multipliers(sums) if is_quantized(x) else None for x in held]
     block = min(keys, max(128, UPCAST_BLOCK // batch) if device.type == "cpu" else keys)
     rooms = space((batch * block * latent.shape[-1], batch * block * k_rope.shape[-1]), compute, device)
     largest = torch.full((batch, heads * length, 1), torch.finfo(sums).min, dtype=sums, device=device)

@@ -15,9 +15,9 @@ class QuantizedStates:
     """Vectors `[B, 1, T, n]` as a cache keeps them: rotated, one signed number of `bits` bits per element, one scale per vector.
 
     The rotation (Hadamard, in blocks of the largest power of two that divides n) spreads outliers over a vector; it is orthogonal,
-    so that a product with rotated vectors is the product itself. The error of an element is half a step at most before it is
-    rotated back, that of a vector `sqrt(n) / 2` steps; a step is at most 2^(1/8) times amax / 127 (8 bits) or amax / 31 (6 bits).
-    A vector with NaN or infinity is read as NaN.
+    so that a product with rotated vectors is the product itself. A step is 2^(1/8) times amax / 127 (8 bits) or amax / 31 (6 bits)
+    at most, amax being the largest element after rotation, or 4e-6 where that is more. The error of an element is half a step at
+    most before it is rotated back, that of a vector `sqrt(n) / 2` steps. A vector with NaN or infinity is read as NaN.
 
     Args:
         codes `[B, 1, T, n]` int8 (8 bits), or `[B, 1, T, 3 * ceil(n / 4)]` uint8 (6 bits: four numbers in three bytes).
@@ -60,16 +60,21 @@ class QuantizedStates:
         return rotate(numbers * _multipliers(self.scales)).to(self.dtype)
 
 
+def is_quantized(states) -> bool:
+    """Whether these are [`QuantizedStates`], also those of another copy of this code: a model may be remote code."""
+    return hasattr(states, "codes")
+
+
 def as_tensor(states: torch.Tensor | QuantizedStates | None) -> torch.Tensor | None:
     """Vectors that may be quantised, as a tensor."""
-    return states.dequantize() if isinstance(states, QuantizedStates) else states
+    return states.dequantize() if is_quantized(states) else states
 
 
 def read(states: torch.Tensor | QuantizedStates, here: slice, room: torch.Tensor) -> torch.Tensor:
     """Vectors `here` of `[B, 1, T, n]` as `[B, t, n]`, in memory and dtype of `room`; quantised ones without their scale."""
-    held = (states.codes if isinstance(states, QuantizedStates) else states)[:, 0, here]
+    held = (states.codes if is_quantized(states) else states)[:, 0, here]
     out = room[: held.shape[0] * held.shape[1] * states.shape[-1]].view(*held.shape[:2], states.shape[-1])
-    packed = isinstance(states, QuantizedStates) and states.bits == 6
+    packed = is_quantized(states) and states.bits == 6
     return out.copy_(unpack_briefly(held, states.width) if packed else held)
 
 

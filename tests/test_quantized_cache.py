@@ -1,13 +1,14 @@
 """LatentCache in 8 and 6 bits: how far it may be off, that attention reads what lies there, and that nothing else changes."""
 
 import copy
+import importlib.util
 import math
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_deepseek import LatentCache, attention
+from modeling_deepseek import LatentCache, attention, quantized
 from modeling_deepseek.ops import absorbed_attention_quantized, absorbed_attention_reference
 from modeling_deepseek.quantized import QuantizedStates, as_tensor, pack, rotate, unpack, unpack_briefly
 from tiny import tiny_config, tiny_model, tiny_tokens
@@ -279,6 +280,23 @@ def test_a_step_in_latent_space_dequantises_nothing_at_once(bits, monkeypatch):
     monkeypatch.setattr(attention, "absorbed_attention_quantized", lambda *args: calls.append(1) or fast(*args))
     model(tokens[:, :1], past_key_values=cache)
     assert len(calls) == LAYERS
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", ["absorbed", "expanded"])
+@torch.no_grad()
+def test_the_cache_of_another_copy_of_the_code_is_read_alike(mode, bits, monkeypatch):
+    model = tiny_model("v3", mla_mode=mode)
+    tokens, logits = tiny_tokens(model.config, 2, 12), []
+    for copied in (False, True):
+        if copied:
+            spec = importlib.util.spec_from_file_location("modeling_deepseek.copied", quantized.__file__)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            monkeypatch.setattr("modeling_deepseek.cache.QuantizedStates", module.QuantizedStates)
+        cache = LatentCache(model.config, bits=bits)
+        logits.append([model(chunk, past_key_values=cache).logits for chunk in tokens.split((11, 1), dim=1)])
+    assert all(map(torch.equal, *logits))
 
 
 @pytest.mark.parametrize("bits", BITS)
