@@ -20,6 +20,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import eager_attention
 
 from modeling_deepseek import DeepseekV2Config
 from modeling_deepseek.attention import DeepseekLatentAttention
+from modeling_deepseek.ops import blocked_causal_attention
 
 SHAPE = dict(
     hidden_size=2048,
@@ -66,6 +67,11 @@ class Case:
         if self.ours.pads_values(query, key, self.seen is not None):
             value = torch.nn.functional.pad(value, (0, self.ours.qk_head_dim - self.ours.v_head_dim))
         return self.ours.attend(query, key, value, self.seen)[0]
+
+    def blocked(self) -> torch.Tensor:
+        query = torch.cat((self.q_nope, self.q_rope), dim=-1)
+        key, value = self.ours.expand(self.latent, self.k_rope)
+        return blocked_causal_attention(query, key, value, self.ours.scaling, self.seen).flatten(2)
 
     def chosen(self) -> torch.Tensor:
         return self.absorbed() if self.ours.use_absorbed(self.new, self.context, has_cache=True) else self.expanded()
@@ -130,9 +136,16 @@ def prefill(args: argparse.Namespace) -> None:
     for name in args.dtypes:
         for tokens in args.tokens:
             case = Case(16, tokens, tokens, getattr(torch, name))
-            times = take_turns(case.contestants("expanded"), args.rounds)
+            times = take_turns(case.contestants("expanded", "blocked"), args.rounds)
             versus = [f"{spread(ratios(times[native], times['expanded']))} x" for native in NATIVE]
-            row(name, tokens, spread(times["expanded"], 1e3), *versus, f"{case.error('expanded'):.1e}")
+            row(
+                name,
+                tokens,
+                spread(times["expanded"], 1e3),
+                spread(times["blocked"], 1e3),
+                *versus,
+                f"{case.error('expanded'):.1e}",
+            )
 
 
 @torch.no_grad()

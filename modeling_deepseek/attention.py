@@ -12,7 +12,7 @@ from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
 from .ops import absorbed_attention_quantized, attend_latents, gpu_wants_padded_values, has_fast_gemm
-from .quantized import QuantizedStates, as_tensor
+from .quantized import as_tensor, is_quantized
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
@@ -240,7 +240,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         eager = implementation in (None, "eager")
         mask = dense_mask(attention_mask, batch, queries, keys, latent.device, implementation == "sdpa")
         dropout = self.attention_dropout if self.training else 0.0
-        if isinstance(latent, QuantizedStates) and not (eager or dropout or torch.is_grad_enabled()):
+        plain = eager or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_quantized(latent) and not plain:
             states = (q_nope, q_rope, latent, k_rope)
             output, probs = absorbed_attention_quantized(*states, w_uk, w_uv, self.scaling, mask), None
         else:

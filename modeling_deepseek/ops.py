@@ -9,7 +9,7 @@ from .cpu_kernels import available as cpu_kernels_available
 from .cpu_kernels import dequantize as cpu_dequantize
 from .cpu_kernels import loaded as cpu_kernels_loaded
 from .cpu_kernels import product as cpu_product
-from .quantized import QuantizedStates, read, rotate, space
+from .quantized import QuantizedStates, is_quantized, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 from .triton_mla import AVAILABLE as DECODE_KERNEL
@@ -26,6 +26,7 @@ C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler t
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
 MLA_DECODE = "auto"  # or "kernel", "torch": how new tokens meet the latents of a cache; set it to choose
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
+QUERY_BLOCK, SCORES = 256, 2**23  # queries that attend at a time, and how many scores they may have together
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -103,6 +104,40 @@ def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _split(x: torch.Tensor, dim: int, size: int) -> tuple[torch.Tensor, ...]:
     return (x,) if x.shape[dim] <= size else x.split(size, dim=dim)
+
+
+def blocked_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of a prefill on a CPU, a block of queries at a time against the keys up to it; for no gradients.
+
+    PyTorch's own kernel leaves the fast path where keys and values differ in width. Where 16 bits are slow it runs in fp32.
+
+    Args:
+        query `[B, H, S, d]`, key `[B, H, T, d]`, value `[B, H, T, v]`.
+        mask `[B or 1, H or 1, S, T]`: boolean (True attends); `None`: query i sees the first i + 1 keys.
+
+    Returns:
+        `[B, S, H, v]` in the dtype of the queries.
+    """
+    batch, heads, length, _ = query.shape
+    keys, dtype = key.shape[2], query.dtype
+    compute = dtype if has_fast_gemm(query.device.type, dtype) else torch.float32
+    query, key, value = (_cast(x, compute) for x in (query, key.transpose(2, 3), value))
+    output = query.new_empty(batch, length, heads, value.shape[-1], dtype=dtype)
+    step = max(16, min(QUERY_BLOCK, SCORES // (batch * heads * keys)))
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        seen = end if mask is None else keys
+        scores = torch.matmul(query[:, :, start:end] * scaling, key[..., :seen])
+        if mask is None:
+            hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+            scores[..., start:].masked_fill_(hidden, float("-inf"))
+            probs = scores.softmax(dim=-1, dtype=torch.promote_types(compute, torch.float32))
+        else:
+            probs = _masked_softmax(scores, mask[..., start:end, :])
+        output[:, start:end] = torch.matmul(_cast(probs, compute), value[:, :, :seen]).transpose(1, 2)
+    return output
 
 
 def attend_latents(
@@ -237,11 +272,9 @@ def absorbed_attention_quantized(
     sums = torch.promote_types(compute, torch.float32)
     held = (latent, k_rope)
     queries = (_per_head(q_nope.to(compute), w_uk.to(compute)), q_rope)
-    queries = [
-        rotate(query) if isinstance(x, QuantizedStates) else query for query, x in zip(queries, held, strict=True)
-    ]
+    queries = [rotate(query) if is_quantized(x) else query for query, x in zip(queries, held, strict=True)]
     queries = [(query.to(sums) * scaling).to(compute).reshape(batch, heads * length, -1) for query in queries]
-    scales = [x.multipliers(sums) if isinstance(x, QuantizedStates) else None for x in held]
+    scales = [x.multipliers(sums) if is_quantized(x) else None for x in held]
     block = min(keys, max(128, UPCAST_BLOCK // batch) if device.type == "cpu" else keys)
     rooms = space((batch * block * latent.shape[-1], batch * block * k_rope.shape[-1]), compute, device)
     largest = torch.full((batch, heads * length, 1), torch.finfo(sums).min, dtype=sums, device=device)

@@ -15,9 +15,9 @@ class QuantizedStates:
     """Vectors `[B, 1, T, n]` as a cache keeps them: rotated, one signed number of `bits` bits per element, one scale per vector.
 
     The rotation (Hadamard, in blocks of the largest power of two that divides n) spreads outliers over a vector; it is orthogonal,
-    so that a product with rotated vectors is the product itself. The error of an element is half a step at most before it is
-    rotated back, that of a vector `sqrt(n) / 2` steps; a step is at most 2^(1/8) times amax / 127 (8 bits) or amax / 31 (6 bits).
-    A vector with NaN or infinity is read as NaN.
+    so that a product with rotated vectors is the product itself. A step is 2^(1/8) times amax / 127 (8 bits) or amax / 31 (6 bits)
+    at most, amax being the largest element after rotation, or 4e-6 where that is more. The error of an element is half a step at
+    most before it is rotated back, that of a vector `sqrt(n) / 2` steps. A vector with NaN or infinity is read as NaN.
 
     Args:
         codes `[B, 1, T, n]` int8 (8 bits), or `[B, 1, T, 3 * ceil(n / 4)]` uint8 (6 bits: four numbers in three bytes).
@@ -60,22 +60,27 @@ class QuantizedStates:
         return rotate(numbers * _multipliers(self.scales)).to(self.dtype)
 
 
+def is_quantized(states) -> bool:
+    """Whether these are [`QuantizedStates`], also those of another copy of this code: a model may be remote code."""
+    return hasattr(states, "codes")
+
+
 def as_tensor(states: torch.Tensor | QuantizedStates | None) -> torch.Tensor | None:
     """Vectors that may be quantised, as a tensor."""
-    return states.dequantize() if isinstance(states, QuantizedStates) else states
+    return states.dequantize() if is_quantized(states) else states
 
 
 def read(states: torch.Tensor | QuantizedStates, here: slice, room: torch.Tensor) -> torch.Tensor:
     """Vectors `here` of `[B, 1, T, n]` as `[B, t, n]`, in memory and dtype of `room`; quantised ones without their scale."""
-    held = (states.codes if isinstance(states, QuantizedStates) else states)[:, 0, here]
+    held = (states.codes if is_quantized(states) else states)[:, 0, here]
     out = room[: held.shape[0] * held.shape[1] * states.shape[-1]].view(*held.shape[:2], states.shape[-1])
-    packed = isinstance(states, QuantizedStates) and states.bits == 6
-    return out.copy_(unpack(held, states.width, brief=True) if packed else held)
+    packed = is_quantized(states) and states.bits == 6
+    return out.copy_(unpack_briefly(held, states.width) if packed else held)
 
 
 def space(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Uninitialised vectors of these sizes; on a CPU in memory that the next call uses again."""
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device.type == "cpu":
         return scratch((sum(sizes),), dtype).split(sizes)
     return torch.empty(sum(sizes), dtype=dtype, device=device).split(sizes)
 
@@ -95,14 +100,24 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return (hadamard(rows, x.dtype, x.device) @ grid).flatten(-3)
 
 
-@functools.lru_cache
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Sylvester's matrix `[size, size]`, orthogonal: `size` is a power of two."""
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, dtype=torch.float64)
-        while len(matrix) < size:
-            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-        return (matrix / size**0.5).to(device, dtype)
+    if torch.compiler.is_compiling():
+        return _sylvester(size).to(device, dtype)
+    return _held_hadamard(size, dtype, device)
+
+
+@functools.lru_cache
+def _held_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # or a graph could not hold it
+        return _sylvester(size).to(device, dtype)
+
+
+def _sylvester(size: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -118,15 +133,19 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return first >> 2 | upper
 
 
-def unpack(packed: torch.Tensor, width: int, brief: bool = False) -> torch.Tensor:
-    """What [`pack`] was given, `[..., width]`; with `brief` on a CPU in memory that the next call uses again."""
+def unpack(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """What [`pack`] was given, `[..., width]`."""
+    one, two, three = packed.split(packed.shape[-1] // 3, dim=-1)
+    last = (one & 0xC0) | ((two >> 2) & 0x30) | ((three >> 4) & 0x0C)
+    return torch.cat((packed << 2, last), dim=-1).view(torch.int8)[..., :width]
+
+
+def unpack_briefly(packed: torch.Tensor, width: int) -> torch.Tensor:
+    """[`unpack`]; on a CPU in memory that the next call uses again."""
     quarter = packed.shape[-1] // 3
     shapes = [(*packed.shape[:-1], size) for size in (4 * quarter, quarter)]
-    if brief:
-        room = space(tuple(map(math.prod, shapes)), torch.uint8, packed.device)
-        codes, spare = (memory.view(shape) for memory, shape in zip(room, shapes, strict=True))
-    else:
-        codes, spare = (packed.new_empty(shape) for shape in shapes)
+    room = space(tuple(map(math.prod, shapes)), torch.uint8, packed.device)
+    codes, spare = (memory.view(shape) for memory, shape in zip(room, shapes, strict=True))
     torch.bitwise_left_shift(packed, 2, out=codes[..., : 3 * quarter])
     one, two, three = packed.split(quarter, dim=-1)
     last = torch.bitwise_and(one, 0xC0, out=codes[..., 3 * quarter :])

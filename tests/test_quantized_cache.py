@@ -1,15 +1,16 @@
 """LatentCache in 8 and 6 bits: how far it may be off, that attention reads what lies there, and that nothing else changes."""
 
 import copy
+import importlib.util
 import math
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_deepseek import LatentCache, attention
+from modeling_deepseek import LatentCache, attention, quantized
 from modeling_deepseek.ops import absorbed_attention_quantized, absorbed_attention_reference
-from modeling_deepseek.quantized import QuantizedStates, as_tensor, pack, rotate, unpack
+from modeling_deepseek.quantized import QuantizedStates, as_tensor, pack, rotate, unpack, unpack_briefly
 from tiny import tiny_config, tiny_model, tiny_tokens
 
 RANK, ROPE, LAYERS = 28, 8, 3  # of tiny_config("v3")
@@ -64,7 +65,7 @@ def test_four_numbers_are_packed_into_three_bytes(width):
     packed = pack(codes)
     assert packed.shape == (2, 1, 30, 3 * -(-width // 4))
     assert torch.equal(unpack(packed, width), codes)
-    assert torch.equal(unpack(packed[:, :, 3:20], width, brief=True), codes[:, :, 3:20])
+    assert torch.equal(unpack_briefly(packed[:, :, 3:20], width), codes[:, :, 3:20])
 
 
 @pytest.mark.parametrize("width", [1, 6, 28, 64, 512])
@@ -282,6 +283,23 @@ def test_a_step_in_latent_space_dequantises_nothing_at_once(bits, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", ["absorbed", "expanded"])
+@torch.no_grad()
+def test_the_cache_of_another_copy_of_the_code_is_read_alike(mode, bits, monkeypatch):
+    model = tiny_model("v3", mla_mode=mode)
+    tokens, logits = tiny_tokens(model.config, 2, 12), []
+    for copied in (False, True):
+        if copied:
+            spec = importlib.util.spec_from_file_location("modeling_deepseek.copied", quantized.__file__)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            monkeypatch.setattr("modeling_deepseek.cache.QuantizedStates", module.QuantizedStates)
+        cache = LatentCache(model.config, bits=bits)
+        logits.append([model(chunk, past_key_values=cache).logits for chunk in tokens.split((11, 1), dim=1)])
+    assert all(map(torch.equal, *logits))
+
+
+@pytest.mark.parametrize("bits", BITS)
 @torch.no_grad()
 def test_what_lies_in_the_spare_room_does_not_matter(bits):
     model = tiny_model("v3")
@@ -360,3 +378,20 @@ def test_generate_leaves_other_quantised_caches_to_transformers(options, monkeyp
     )
     model.generate(tiny_tokens(model.config, 1, 6), **GREEDY, cache_implementation="quantized", cache_config=options)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("bits", BITS)
+@torch.no_grad()
+def test_steps_compile_into_one_graph_that_serves_every_length(bits):
+    model = tiny_model("v3", n_routed_experts=None, num_hidden_layers=1, first_k_dense_replace=1)
+    tokens, logits, graphs = tiny_tokens(model.config, 2, 13), [], []
+    torch._dynamo.reset()
+    backend = lambda graph, inputs: graphs.append(1) or graph.forward  # noqa: E731
+    for forward in (model.forward, torch.compile(model.forward, backend=backend, fullgraph=True)):
+        cache = LatentCache(model.config, bits=bits)
+        model(tokens[:, :8], past_key_values=cache)
+        logits.append(
+            torch.cat([forward(token, past_key_values=cache).logits for token in tokens[:, 8:].split(1, 1)], 1)
+        )
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    assert len(graphs) <= 2  # one for the first length, one for all
