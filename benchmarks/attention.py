@@ -20,7 +20,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import eager_attention
 
 from modeling_deepseek import DeepseekV2Config
 from modeling_deepseek.attention import DeepseekLatentAttention
-from modeling_deepseek.ops import blocked_causal_attention
+from modeling_deepseek.ops import blocked_causal_attention, has_fast_gemm
 
 SHAPE = dict(
     hidden_size=2048,
@@ -42,7 +42,7 @@ class Case:
     def __init__(self, heads: int, new: int, context: int, dtype: torch.dtype):
         torch.manual_seed(0)
         shape = SHAPE | dict(num_attention_heads=heads, num_key_value_heads=heads)
-        self.new, self.context = new, context
+        self.new, self.context, self.prefix = new, context, new < context
         self.ours = DeepseekLatentAttention(DeepseekV2Config(attn_implementation="sdpa", **shape), 0).to(dtype).eval()
         self.native = NativeAttention(NativeConfig(**shape), 0).to(dtype).eval()
         self.native.load_state_dict(self.ours.state_dict(), assign=True)
@@ -68,13 +68,15 @@ class Case:
             value = torch.nn.functional.pad(value, (0, self.ours.qk_head_dim - self.ours.v_head_dim))
         return self.ours.attend(query, key, value, self.seen)[0]
 
-    def blocked(self) -> torch.Tensor:
-        query = torch.cat((self.q_nope, self.q_rope), dim=-1)
-        key, value = self.ours.expand(self.latent, self.k_rope)
-        return blocked_causal_attention(query, key, value, self.ours.scaling, self.seen).flatten(2)
-
     def chosen(self) -> torch.Tensor:
-        return self.absorbed() if self.ours.use_absorbed(self.new, self.context, has_cache=True) else self.expanded()
+        """As [`DeepseekLatentAttention.forward`] chooses."""
+        if self.prefix and self.ours.use_absorbed(self.new, self.context, has_cache=True):
+            return self.absorbed()
+        if not self.ours.blocks_queries(self.q_nope.transpose(1, 2), self.seen):
+            return self.expanded()
+        query = torch.cat((self.q_nope, self.q_rope), dim=-1)
+        key, value = self.ours.expand(self.latent, self.k_rope, wide=not has_fast_gemm("cpu", query.dtype))
+        return blocked_causal_attention(query, key, value, self.ours.scaling, self.seen).flatten(2)
 
     def of_native(self, name: str) -> torch.Tensor:
         query = torch.cat((self.q_nope, self.q_rope), dim=-1)
@@ -136,16 +138,9 @@ def prefill(args: argparse.Namespace) -> None:
     for name in args.dtypes:
         for tokens in args.tokens:
             case = Case(16, tokens, tokens, getattr(torch, name))
-            times = take_turns(case.contestants("expanded", "blocked"), args.rounds)
-            versus = [f"{spread(ratios(times[native], times['expanded']))} x" for native in NATIVE]
-            row(
-                name,
-                tokens,
-                spread(times["expanded"], 1e3),
-                spread(times["blocked"], 1e3),
-                *versus,
-                f"{case.error('expanded'):.1e}",
-            )
+            times = take_turns(case.contestants("chosen"), args.rounds)
+            versus = [f"{spread(ratios(times[native], times['chosen']))} x" for native in NATIVE]
+            row(name, tokens, spread(times["chosen"], 1e3), *versus, f"{case.error('chosen'):.1e}")
 
 
 @torch.no_grad()

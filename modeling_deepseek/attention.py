@@ -11,7 +11,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import absorbed_attention_quantized, attend_latents, gpu_wants_padded_values, has_fast_gemm
+from .ops import (
+    absorbed_attention_quantized,
+    attend_latents,
+    blocked_causal_attention,
+    gpu_wants_padded_values,
+    has_fast_gemm,
+)
 from .quantized import as_tensor, is_quantized
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
@@ -160,6 +166,11 @@ class DeepseekLatentAttention(DeepseekAttention):
             output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
+            if self.blocks_queries(hidden_states, attention_mask):
+                query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
+                key, value = self.expand(latent, k_rope, wide=not has_fast_gemm("cpu", query.dtype))
+                output = blocked_causal_attention(query, key, value, self.scaling, attention_mask)
+                return self.o_proj(output.flatten(2)), None
             inputs = (q_latent, latent, k_rope, cos, sin, attention_mask is not None)
             with recomputed(by, self.expand_all, *inputs) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
@@ -203,6 +214,19 @@ class DeepseekLatentAttention(DeepseekAttention):
             and (query.shape[2] >= PADDED_MIN_QUERIES or (self.training and self.recompute is not None))
         )
 
+    def blocks_queries(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether a prefill of `hidden_states` `[B, S, d]` goes by blocks: on CPUs, where PyTorch's kernel is slower."""
+        return (
+            hidden_states.device.type == "cpu"
+            and hidden_states.shape[1] > 1
+            and not torch.is_grad_enabled()
+            and not (self.training and self.attention_dropout)
+            and not torch.compiler.is_compiling()
+            and (hidden_states.shape[1] < PADDED_MIN_QUERIES or not has_fast_gemm("cpu", hidden_states.dtype))
+            and self.config._attn_implementation == "sdpa"
+            and (mask is None or (mask.ndim == 4 and mask.dtype == torch.bool))
+        )
+
     def use_absorbed(self, queries: int, keys: int, has_cache: bool) -> bool:
         """Whether `queries` new tokens against `keys` cached ones (the new ones included) run in latent space.
 
@@ -223,9 +247,16 @@ class DeepseekLatentAttention(DeepseekAttention):
         expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
         return absorbed + rank * up < expanded or (absorbed < expanded and self._plain_kv_b())
 
-    def expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`."""
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+    def expand(
+        self, latent: torch.Tensor, k_rope: torch.Tensor, wide: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`; `wide`: in fp32."""
+        if wide and self._plain_kv_b():
+            latent = latent.float()
+            expanded = nn.functional.linear(latent.squeeze(1), self.kv_b_weight(latent)[0])
+        else:
+            expanded = self.kv_b_proj(latent.squeeze(1))
+        expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = expanded.transpose(1, 2).split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         return torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1).to(k_nope.dtype)), dim=-1), value
 

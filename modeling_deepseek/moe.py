@@ -76,6 +76,8 @@ def few_tokens_experts_forward(
     """One product per token and expert, each reading the expert's weights where they lie."""
     chosen, top_k = top_k_index.flatten().tolist(), top_k_index.shape[-1]
     pairs = [(place, expert) for place, expert in enumerate(chosen) if expert != experts.num_experts]
+    if not pairs:
+        return torch.zeros_like(hidden_states)
     gate_up, down = experts.gate_up_proj, experts.down_proj
     rows = hidden_states.split(1)
     hidden = [F.linear(rows[place // top_k], gate_up[expert]) for place, expert in pairs]

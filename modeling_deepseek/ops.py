@@ -26,7 +26,7 @@ C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler t
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
 MLA_DECODE = "auto"  # or "kernel", "torch": how new tokens meet the latents of a cache; set it to choose
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
-QUERY_BLOCK, SCORES = 256, 2**23  # queries that attend at a time, and how many scores they may have together
+QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_deepseek import DeepseekV3Config
-from modeling_deepseek.moe import DeepseekExperts, DeepseekMoE
+from modeling_deepseek import DeepseekV3Config, moe
+from modeling_deepseek.moe import (
+    DeepseekExperts,
+    DeepseekMoE,
+    few_tokens_experts_forward,
+    gathered_experts_forward,
+)
 from tiny import randomize, tiny_config, tiny_model, tiny_tokens
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -191,3 +196,85 @@ def test_a_model_switches_its_implementation(family, implementation):
     model.set_experts_implementation(implementation)
     assert model.config._experts_implementation == implementation
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-4)
+
+
+FORMS = {"few": few_tokens_experts_forward, "gathered": gathered_experts_forward}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_the_forms_for_few_tokens_equal_a_loop_over_tokens(form, dtype, tokens):
+    experts, x = built(DeepseekExperts, "v3"), torch.randn(tokens, 48)
+    chosen, gates = routing(tokens)
+    expected = loop_over_tokens(experts, x, chosen, gates)
+    output = FORMS[form](experts.to(dtype), x.to(dtype), chosen, gates)
+    assert output.dtype == dtype
+    close = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.03, atol=0.03 * expected.std().item())
+    torch.testing.assert_close(output.float(), expected, **close)
+
+
+def test_few_tokens_pass_over_experts_that_are_served_elsewhere():
+    experts, x = built(DeepseekExperts, "v3"), torch.randn(2, 48)
+    chosen, gates = torch.tensor([[0, EXPERTS, 3], [EXPERTS, 1, 2]]), torch.rand(2, 3)
+    expected = loop_over_tokens(experts, x, chosen, gates)
+    torch.testing.assert_close(few_tokens_experts_forward(experts, x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
+    nowhere = torch.full((1, 3), EXPERTS)
+    assert not few_tokens_experts_forward(experts, x[:1], nowhere, gates[:1]).any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "small", "form"),
+    [
+        (1, 2**20, "gathered_experts_forward"),
+        (1, 0, "few_tokens_experts_forward"),
+        (2, 0, "grouped_mm_experts_forward"),
+        (moe.MANY_TOKENS - 1, 0, "grouped_mm_experts_forward"),
+        (moe.MANY_TOKENS, 0, None),
+    ],
+)
+def test_auto_takes_a_form_by_the_number_of_tokens(tokens, small, form, monkeypatch):
+    """The sorted loop is the module's own; under gradients it is grouped_mm."""
+    experts, x = built(DeepseekExperts, "v3", "auto"), torch.randn(tokens, 48)
+    chosen, gates = routing(tokens)
+    monkeypatch.setattr(moe, "SMALL_WEIGHTS", small)
+    taken = []
+
+    def spied(name, form):
+        return lambda *arguments: taken.append(name) or form(*arguments)
+
+    for kind in ("gathered", "few_tokens", "grouped_mm", "batched_mm"):
+        name = f"{kind}_experts_forward"
+        monkeypatch.setattr(moe, name, spied(name, getattr(moe, name)))
+    with torch.no_grad():
+        output = experts(x, chosen, gates)
+    assert taken == ([] if form is None else [form])
+    torch.testing.assert_close(output, loop_over_tokens(experts, x, chosen, gates), rtol=1e-4, atol=1e-5)
+    experts(x, chosen, gates).sum().backward()
+    assert taken[-1] == "grouped_mm_experts_forward" and experts.down_proj.grad is not None
+
+
+@FAMILIES
+def test_auto_is_the_default_and_other_names_are_kept(family):
+    assert tiny_model(family).config._experts_implementation == "auto"
+    model = tiny_model(family, experts_implementation="grouped_mm")
+    assert model.config._experts_implementation == "grouped_mm"
+    model.set_experts_implementation("auto")
+    assert model.config._experts_implementation == "auto"
+    with pytest.raises(ValueError, match="quick"):
+        model.set_experts_implementation("quick")
+
+
+@torch.no_grad()
+def test_one_layer_of_v3_in_its_size_takes_one_token():
+    """256 experts of 7168 x 2048, of which eight are real: views of one, since nobody has the memory here."""
+    with torch.device("meta"):
+        experts = DeepseekExperts(DeepseekV3Config(num_hidden_layers=1))
+    experts.config._experts_implementation = "auto"
+    one = [torch.randn(1, *parameter.shape[1:]) * 0.01 for parameter in (experts.gate_up_proj, experts.down_proj)]
+    for name, weight in zip(("gate_up_proj", "down_proj"), one, strict=True):
+        setattr(experts, name, torch.nn.Parameter(weight.expand(256, -1, -1), requires_grad=False))
+    x, gates = torch.randn(1, 7168), torch.rand(1, 8)
+    gate, up = F.linear(x, one[0][0]).chunk(2, dim=-1)
+    expected = F.linear(F.silu(gate) * up, one[1][0]) * gates.sum()
+    torch.testing.assert_close(experts(x, torch.arange(8)[None] * 31, gates), expected, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_deepseek import ops
-from modeling_deepseek.ops import absorbed_attention, absorbed_attention_reference
+from modeling_deepseek.ops import absorbed_attention, absorbed_attention_reference, blocked_causal_attention
 
 
 class Sizes(NamedTuple):
@@ -269,3 +269,36 @@ def test_the_question_for_padded_values_does_not_break_a_graph():
         return x + ops.gpu_wants_padded_values(x.device, x.dtype, 192, 128, x.requires_grad, 0.0)
 
     assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).eq(0).all()
+
+
+def plain_attention(query, key, value, scaling, seen):
+    scores = (query.double() @ key.double().transpose(2, 3) * scaling).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ value.double()).transpose(1, 2)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+@pytest.mark.parametrize(
+    ("length", "keys", "heads"), [(1, 1, 2), (16, 16, 3), (37, 37, 1), (129, 129, 2), (20, 61, 2), (128, 128, 128)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_queries_equal_all_at_once(length, keys, heads, masked, dtype, monkeypatch):
+    """Without a mask query i sees i + 1 keys, however many there are; with one, what it says, left padding for instance."""
+    monkeypatch.setattr(ops, "SCORES", 16 * 2 * heads * keys)  # blocks of 16
+    query, key, value = (torch.randn(2, heads, n, d) for n, d in ((length, 24), (keys, 24), (keys, 16)))
+    seen = torch.ones(length, keys, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    if masked:
+        seen = torch.ones(length, keys, dtype=torch.bool).tril(keys - length).repeat(2, 1, 1, 1)
+        seen[1, ..., : keys // 3] = False
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    output = blocked_causal_attention(query, key, value, 0.2, seen if masked else None)
+    rows = seen.any(-1)[:, 0]  # a query that sees nothing is only finite
+    expected = plain_attention(query, key, value, 0.2, seen)
+    close = dict(rtol=0, atol=2e-5 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(output[rows].double(), expected[rows], **close)
+    assert output.shape == (2, length, heads, 16) and output.dtype == dtype and output.isfinite().all()
+
+
+def test_blocks_do_not_read_what_lies_behind():
+    query, key, value = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 60, 8), torch.randn(1, 2, 60, 8)
+    key[:, :, 40:] = value[:, :, 40:] = float("nan")
+    assert blocked_causal_attention(query, key, value, 0.3).isfinite().all()
