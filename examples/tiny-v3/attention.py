@@ -11,7 +11,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import absorbed_attention, has_fast_gemm
+from .ops import (
+    absorbed_attention_quantized,
+    attend_latents,
+    blocked_causal_attention,
+    gpu_wants_padded_values,
+    has_fast_gemm,
+)
+from .quantized import as_tensor, is_quantized
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
@@ -114,7 +121,7 @@ class DeepseekLatentAttention(DeepseekAttention):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.kv_lora_rank = config.kv_lora_rank
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
         self.v_head_dim = config.v_head_dim
@@ -140,21 +147,32 @@ class DeepseekLatentAttention(DeepseekAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        paged: object | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         by = self.recompute if self.training else None
         cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-        q_latent = (self.q_proj if self.config.q_lora_rank is None else self.q_a_proj)(hidden_states)
+        q_latent = (self.q_proj if self.q_lora_rank is None else self.q_a_proj)(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
         k_rope = self.rotate(k_rope, cos, sin)
+        if paged is not None:  # continuous batching
+            return self.o_proj(paged.attend(self, q_latent, latent, k_rope, cos, sin)), None
         if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+            as_held = {"dequantize": False} if getattr(past_key_values, "quantized", False) else {}
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx, **as_held)
         if self.use_absorbed(hidden_states.shape[1], latent.shape[2], past_key_values is not None):
             output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
-            with recomputed(by, self.expand_all, q_latent, latent, k_rope, cos, sin) as (query, key, value):
+            latent, k_rope = as_tensor(latent), as_tensor(k_rope)
+            if self.blocks_queries(hidden_states, attention_mask):
+                query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
+                key, value = self.expand(latent, k_rope, wide=not has_fast_gemm("cpu", query.dtype))
+                output = blocked_causal_attention(query, key, value, self.scaling, attention_mask)
+                return self.o_proj(output.flatten(2)), None
+            inputs = (q_latent, latent, k_rope, cos, sin, attention_mask is not None)
+            with recomputed(by, self.expand_all, *inputs) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(output), weights
 
@@ -162,28 +180,51 @@ class DeepseekLatentAttention(DeepseekAttention):
         self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `q_a_proj` (where there is none: `q_proj`) gave -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`."""
-        query = q_latent if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
-        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
+        query = q_latent if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
+        query = query.view(*query.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
         q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         return q_nope, self.rotate(q_rope, cos, sin)
 
-    def expand_all(self, q_latent, latent, k_rope, cos, sin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def expand_all(
+        self, q_latent, latent, k_rope, cos, sin, masked: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[B, H, S, n + r]`, keys and values as `expand` gives them: the up-projections and what is around them."""
         query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
         key, value = self.expand(latent, k_rope)
-        if self.pads_values(query):
+        if self.pads_values(query, key, masked):
             value = nn.functional.pad(value, (0, self.qk_head_dim - self.v_head_dim))
         return query, key, value
 
-    def pads_values(self, query: torch.Tensor) -> bool:
-        """Whether values get zeros up to the width of the keys: on a CPU, PyTorch's kernel that keeps no weights wants that."""
+    def pads_values(self, query: torch.Tensor, key: torch.Tensor, masked: bool) -> bool:
+        """Whether values get zeros up to the width of the keys, as PyTorch's kernels that keep no weights want them.
+
+        On a GPU that is flash attention, which takes neither masks nor a causal rectangle.
+        """
+        if self.v_head_dim >= self.qk_head_dim or self.config._attn_implementation != "sdpa":
+            return False
+        dropout = self.attention_dropout if self.training else 0.0
+        if query.device.type == "cuda":
+            widths = (self.qk_head_dim, self.v_head_dim)
+            fits = not masked and query.shape[2] == key.shape[2]
+            return fits and gpu_wants_padded_values(query.device, query.dtype, *widths, query.requires_grad, dropout)
         return (
             query.device.type == "cpu"
-            and self.v_head_dim < self.qk_head_dim
-            and self.config._attn_implementation == "sdpa"
             and has_fast_gemm("cpu", query.dtype)
-            and not (self.training and self.attention_dropout)
+            and not dropout
             and (query.shape[2] >= PADDED_MIN_QUERIES or (self.training and self.recompute is not None))
+        )
+
+    def blocks_queries(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether a prefill of `hidden_states` `[B, S, d]` goes by blocks: on CPUs, where PyTorch's kernel is slower."""
+        return (
+            hidden_states.device.type == "cpu"
+            and hidden_states.shape[1] > 1
+            and not torch.is_grad_enabled()
+            and not (self.training and self.attention_dropout)
+            and not torch.compiler.is_compiling()
+            and (hidden_states.shape[1] < PADDED_MIN_QUERIES or not has_fast_gemm("cpu", hidden_states.dtype))
+            and self.config._attn_implementation == "sdpa"
+            and (mask is None or (mask.ndim == 4 and mask.dtype == torch.bool))
         )
 
     def use_absorbed(self, queries: int, keys: int, has_cache: bool) -> bool:
@@ -195,18 +236,27 @@ class DeepseekLatentAttention(DeepseekAttention):
         """
         if getattr(self.kv_b_proj, "_forward_pre_hooks_with_kwargs", None):
             return False  # PEFT gives every row of a batch an adapter of its own: there is no one matrix
-        if self.config.mla_mode != "auto":
-            return self.config.mla_mode == "absorbed"
+        mode = self.config.mla_mode
+        if mode != "auto":
+            return mode == "absorbed"
         if not has_cache or self.training or queries > ABSORBED_MAX_QUERIES:
             return False
         rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
         up = rank * (self.qk_nope_head_dim + self.v_head_dim)
-        absorbed = queries * (keys * (2 * rank + rope) + up) + (0 if self._plain_kv_b() else rank * up)
-        return absorbed < queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
+        absorbed = queries * (keys * (2 * rank + rope) + up)
+        expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
+        return absorbed + rank * up < expanded or (absorbed < expanded and self._plain_kv_b())
 
-    def expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`."""
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+    def expand(
+        self, latent: torch.Tensor, k_rope: torch.Tensor, wide: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`; `wide`: in fp32."""
+        if wide and self._plain_kv_b():
+            latent = latent.float()
+            expanded = nn.functional.linear(latent.squeeze(1), self.kv_b_weight(latent)[0])
+        else:
+            expanded = self.kv_b_proj(latent.squeeze(1))
+        expanded = expanded.unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = expanded.transpose(1, 2).split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         return torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1).to(k_nope.dtype)), dim=-1), value
 
@@ -217,22 +267,30 @@ class DeepseekLatentAttention(DeepseekAttention):
         weight, bias = self.kv_b_weight(latent)
         w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
-        from_start = self.config._attn_implementation == "sdpa"
-        output, probs = absorbed_attention(
-            q_nope,
-            q_rope,
-            latent.squeeze(1).to(q_nope.dtype),
-            k_rope.squeeze(1).to(q_rope.dtype),
-            w_uk,
-            w_uv,
-            self.scaling,
-            mask=dense_mask(attention_mask, batch, queries, keys, latent.device, from_start),
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        implementation = self.config._attn_implementation
+        eager = implementation in (None, "eager")
+        mask = dense_mask(attention_mask, batch, queries, keys, latent.device, implementation == "sdpa")
+        dropout = self.attention_dropout if self.training else 0.0
+        plain = eager or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_quantized(latent) and not plain:
+            states = (q_nope, q_rope, latent, k_rope)
+            output, probs = absorbed_attention_quantized(*states, w_uk, w_uv, self.scaling, mask), None
+        else:
+            output, probs = attend_latents(
+                q_nope,
+                q_rope,
+                as_tensor(latent).squeeze(1).to(q_nope.dtype),
+                as_tensor(k_rope).squeeze(1).to(q_rope.dtype),
+                w_uk,
+                w_uv,
+                self.scaling,
+                mask=mask,
+                dropout=dropout,
+                weights=eager,
+            )
         if bias is not None:
             # the keys' part shifts all scores of a query alike, the values' part meets weights that sum to 1
             output = output + self.per_head(bias)[:, None, self.qk_nope_head_dim :]
-        eager = self.config._attn_implementation in (None, "eager")
         return output.transpose(1, 2).flatten(2), probs if eager else None
 
     def per_head(self, rows: torch.Tensor) -> torch.Tensor:

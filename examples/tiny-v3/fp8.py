@@ -1,8 +1,6 @@
 """Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
-import math
 import re
-import threading
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +9,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .ops import block_scaled_product, has_fast_gemm, multiplies_fp8
+from .ops import block_scaled_product, dequantize_in_c, dequantizing_product, has_fast_gemm, multiplies_fp8
+from .scratch import scratch
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
 DEFAULT_BLOCK = (128, 128)
@@ -49,6 +48,8 @@ def dequantize(
         result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
         return result if out is None else out.copy_(result)
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
+    if dequantize_in_c(weight, scale, block_size, result):
+        return result
     real = type(weight.detach()) is torch.Tensor and not torch.compiler.is_compiling()
     quick = real and weight.dtype == torch.float8_e4m3fn
     for block, spread in enumerate(scale.repeat_interleave(columns, 1)[:, : weight.shape[1]]):
@@ -75,21 +76,6 @@ def _multiply(weight: torch.Tensor, spread: torch.Tensor, out: torch.Tensor) -> 
     if values is not out:
         out.copy_(values)
     return True
-
-
-_held = threading.local()
-
-
-def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """CPU memory of this thread that its next call gets again: fresh memory takes longer than what is done with it."""
-    size = math.prod(shape)
-    if size > len(_held.__dict__.get(dtype, ())):
-        with torch.inference_mode(False):  # or nothing could be written there outside of it
-            new = torch.empty(size, dtype=dtype, device="cpu")
-        if type(new) is not torch.Tensor:  # under a mode that pretends
-            return new.view(shape)
-        _held.__dict__[dtype] = new
-    return _held.__dict__[dtype][:size].view(shape)
 
 
 def quantize(
@@ -163,6 +149,9 @@ class _BlockScaledProduct(torch.autograd.Function):
         ctx.block_size = block_size
         if multiplies_fp8(weight, block_size):
             return block_scaled_product(x, weight, scale, block_size, ue8m0)
+        output = dequantizing_product(x, weight, scale, block_size)
+        if output is not None:
+            return output
         output, compute = x.new_empty((*x.shape[:-1], weight.shape[0])), _compute_dtype(x)
         x = x.to(compute)
         for part, piece in dequantized_pieces(weight, scale, block_size, compute):

@@ -1,6 +1,7 @@
 """The leaves that every block uses: RMSNorm and the SwiGLU MLP."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_kernel_forward_from_hub
@@ -8,7 +9,7 @@ from transformers.integrations import use_kernel_forward_from_hub
 
 @use_kernel_forward_from_hub("RMSNorm")
 class DeepseekRMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, normalised in fp32, returned in the dtype of `x`."""
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, in fp32 and rounded once to the dtype of `x`."""
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
@@ -16,9 +17,9 @@ class DeepseekRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        if self.weight.dtype == hidden_states.dtype:
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        return self.weight * F.rms_norm(hidden_states, self.weight.shape, eps=self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

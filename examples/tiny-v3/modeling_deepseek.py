@@ -32,6 +32,7 @@ from .layers import DeepseekRMSNorm
 from .loss import causal_lm_loss, loss_of_states, shifted
 from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer, mtp_targets
+from .paged import ContinuousBatchingMixin, PagedLatents
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
 from .speculative import MTPGenerationMixin
@@ -115,7 +116,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if isinstance(past, int):
             self._warn_beyond_positions(past + inputs_embeds.shape[1], position_ids)
 
-        causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if "cache" in kwargs and hasattr(self.config, "kv_lora_rank"):  # continuous batching
+            kwargs, causal_mask = {"paged": PagedLatents(self.config, **kwargs)}, None
+        else:
+            causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         hidden_states = inputs_embeds
@@ -193,7 +197,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             )
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
+class DeepseekForCausalLM(DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPGenerationMixin):
     """The decoder with its language-model head, and the MTP loss of its extra layers in training."""
 
     _model_class = DeepseekModel
@@ -413,11 +417,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, MTPGenerationMixin):
         return packed_causal_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`."""
-        kind = generation_config.cache_implementation
-        ours = hasattr(self.config, "kv_lora_rank") and kind in (None, "dynamic", "offloaded")
+        """`generate` of an MLA model makes a `LatentCache` where transformers would make a `DynamicCache`.
+
+        So it does for `cache_implementation="quantized"` with `cache_config={"nbits": 8}` or 6, which transformers' default
+        backend does not have; any other backend is named.
+        """
+        kind, options = generation_config.cache_implementation, generation_config.cache_config or {}
+        bits = options.get("nbits") if kind == "quantized" and set(options) == {"nbits"} else None
+        ours = hasattr(self.config, "kv_lora_rank") and (kind in (None, "dynamic", "offloaded") or bits in (6, 8))
         if ours and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LatentCache(self.config, offloading=kind == "offloaded")
+            model_kwargs["past_key_values"] = LatentCache(self.config, bits=bits, offloading=kind == "offloaded")
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 

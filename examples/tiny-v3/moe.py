@@ -1,20 +1,95 @@
 """The mixture of experts: routed experts with fused weights, and the block that adds the shared ones."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    ExpertsInterface,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+    use_experts_implementation,
+)
 
 from .balance import Routing
 from .layers import DeepseekMLP
 from .router import DeepseekTopkRouter
 
+# Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
+FEW_TOKENS, MANY_TOKENS = 1, 512
+SMALL_WEIGHTS = 2**20  # of the chosen experts together: copying them costs less than asking for each
 
-@use_experts_implementation
+
+class _WithAuto(ExpertsInterface):
+    """transformers' implementations by their names, and "auto"."""
+
+    def get_interface(self, experts_implementation: str | None, default: Callable) -> Callable:
+        if experts_implementation == "auto":
+            return partial(auto_experts_forward, default)
+        return ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
+
+
+def auto_experts_forward(
+    sorted_loop: Callable,
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The implementation that is fastest for so many tokens on this device; all give the same but for rounding."""
+    tokens, arguments = len(hidden_states), (hidden_states, top_k_index, top_k_weights)
+    if torch.is_grad_enabled():
+        return grouped_mm_experts_forward(experts, *arguments)
+    if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU
+        few = 3 * top_k_index.numel() <= experts.num_experts
+        return (batched_mm_experts_forward if few else grouped_mm_experts_forward)(experts, *arguments)
+    weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
+    if weights <= SMALL_WEIGHTS and not experts._is_expert_parallel:
+        return gathered_experts_forward(experts, *arguments)
+    if torch.compiler.is_compiling() or FEW_TOKENS < tokens < MANY_TOKENS:
+        return grouped_mm_experts_forward(experts, *arguments)
+    return few_tokens_experts_forward(experts, *arguments) if tokens <= FEW_TOKENS else sorted_loop(experts, *arguments)
+
+
+def gathered_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Two products over copies of the chosen weights."""
+    tokens, top_k = top_k_index.shape
+    chosen = top_k_index.flatten()
+    gate_up = experts.gate_up_proj.index_select(0, chosen).view(tokens, -1, experts.hidden_dim)
+    hidden = experts._apply_gate(torch.bmm(gate_up, hidden_states.unsqueeze(-1)).view(tokens * top_k, -1))
+    output = torch.bmm(experts.down_proj.index_select(0, chosen), hidden.unsqueeze(-1))
+    output = torch.bmm(top_k_weights.unsqueeze(1), output.view(tokens, top_k, -1).to(top_k_weights.dtype))
+    return output.squeeze(1).to(hidden_states.dtype)
+
+
+def few_tokens_experts_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """One product per token and expert, each reading the expert's weights where they lie."""
+    chosen, top_k = top_k_index.flatten().tolist(), top_k_index.shape[-1]
+    pairs = [(place, expert) for place, expert in enumerate(chosen) if expert != experts.num_experts]
+    if not pairs:
+        return torch.zeros_like(hidden_states)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    rows = hidden_states.split(1)
+    hidden = [F.linear(rows[place // top_k], gate_up[expert]) for place, expert in pairs]
+    hidden = experts._apply_gate(torch.cat(hidden)).split(1)
+    output = hidden_states.new_zeros(len(chosen), hidden_states.shape[-1], dtype=top_k_weights.dtype)
+    for row, (place, expert) in zip(hidden, pairs, strict=True):
+        output[place] = F.linear(row, down[expert])
+    gates = top_k_weights.unsqueeze(-2)
+    return torch.bmm(gates, output.view(-1, top_k, hidden_states.shape[-1])).squeeze(1).to(hidden_states.dtype)
+
+
+@use_experts_implementation(experts_interface=_WithAuto())
 class DeepseekExperts(nn.Module):
     """All routed experts of a layer: `gate_up_proj` `[E, 2I, d]` and `down_proj` `[E, d, I]`.
 

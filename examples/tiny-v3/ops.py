@@ -1,10 +1,19 @@
 """The hot operations, each as a plain reference and as the form that is used."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
+from .cpu_kernels import available as cpu_kernels_available
+from .cpu_kernels import dequantize as cpu_dequantize
+from .cpu_kernels import loaded as cpu_kernels_loaded
+from .cpu_kernels import product as cpu_product
+from .quantized import QuantizedStates, is_quantized, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
+from .triton_mla import AVAILABLE as DECODE_KERNEL
+from .triton_mla import mla_decode
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
@@ -12,7 +21,12 @@ SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
     if not (_ONEDNN and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 }
-FP8_PRODUCT = "auto"  # or "kernel", "dequantize": how a block-FP8 weight is multiplied; set it to choose
+FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
+C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
+C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
+MLA_DECODE = "auto"  # or "kernel", "torch": how new tokens meet the latents of a cache; set it to choose
+MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
+QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -61,25 +75,129 @@ def absorbed_attention(
     dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
     if not has_fast_gemm(latent.device.type, dtype):
         compute, block = torch.float32, UPCAST_BLOCK
-    q_latent = _per_head(q_nope.to(compute), w_uk.to(compute)).reshape(batch, heads * length, -1)
-    q_rope = q_rope.to(compute).reshape(batch, heads * length, -1)
+    q_latent = _per_head(_cast(q_nope, compute), _cast(w_uk, compute)).reshape(batch, heads * length, -1)
+    q_rope = _cast(q_rope, compute).reshape(batch, heads * length, -1)
+    blocks = list(zip(_split(latent, 1, block), _split(k_rope, 1, block), strict=True))
     scores = [
         torch.baddbmm(
-            torch.bmm(q_rope, keys.to(compute).transpose(1, 2)),
+            torch.bmm(q_rope, _cast(keys, compute).transpose(1, 2)),
             q_latent,
-            latents.to(compute).transpose(1, 2),
+            _cast(latents, compute).transpose(1, 2),
             beta=scaling,
             alpha=scaling,
         )
-        for latents, keys in zip(latent.split(block, dim=1), k_rope.split(block, dim=1), strict=True)
+        for latents, keys in blocks
     ]
     scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    probs = _masked_softmax(scores.view(batch, heads, length, -1), mask).to(compute)
+    probs = _cast(_masked_softmax(scores.view(batch, heads, length, -1), mask), compute)
     if dropout:
         probs = F.dropout(probs, p=dropout)
-    pieces = zip(probs.flatten(1, 2).split(block, dim=-1), latent.split(block, dim=1), strict=True)
-    context = sum(torch.bmm(piece, latents.to(compute)) for piece, latents in pieces).view(batch, heads, length, -1)
-    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype), probs.to(dtype)
+    pieces = zip(_split(probs.flatten(1, 2), 2, block), blocks, strict=True)
+    context = functools.reduce(torch.add, (torch.bmm(piece, _cast(latents, compute)) for piece, (latents, _) in pieces))
+    context = context.view(batch, heads, length, -1)
+    return _cast(_per_head(context, _cast(w_uv, compute).transpose(1, 2)), dtype), _cast(probs, dtype)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _split(x: torch.Tensor, dim: int, size: int) -> tuple[torch.Tensor, ...]:
+    return (x,) if x.shape[dim] <= size else x.split(size, dim=dim)
+
+
+def blocked_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of a prefill on a CPU, a block of queries at a time against the keys up to it; for no gradients.
+
+    PyTorch's own kernel leaves the fast path where keys and values differ in width. Where 16 bits are slow it runs in fp32.
+
+    Args:
+        query `[B, H, S, d]`, key `[B, H, T, d]`, value `[B, H, T, v]`.
+        mask `[B or 1, H or 1, S, T]`: boolean (True attends); `None`: query i sees the first i + 1 keys.
+
+    Returns:
+        `[B, S, H, v]` in the dtype of the queries.
+    """
+    batch, heads, length, _ = query.shape
+    keys, dtype = key.shape[2], query.dtype
+    compute = dtype if has_fast_gemm(query.device.type, dtype) else torch.float32
+    query, key, value = (_cast(x, compute) for x in (query, key.transpose(2, 3), value))
+    output = query.new_empty(batch, length, heads, value.shape[-1], dtype=dtype)
+    step = max(16, min(QUERY_BLOCK, SCORES // (batch * heads * keys)))
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        seen = end if mask is None else keys
+        scores = torch.matmul(query[:, :, start:end] * scaling, key[..., :seen])
+        if mask is None:
+            hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+            scores[..., start:].masked_fill_(hidden, float("-inf"))
+            probs = scores.softmax(dim=-1, dtype=torch.promote_types(compute, torch.float32))
+        else:
+            probs = _masked_softmax(scores, mask[..., start:end, :])
+        output[:, start:end] = torch.matmul(_cast(probs, compute), value[:, :, :seen]).transpose(1, 2)
+    return output
+
+
+def attend_latents(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    weights: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[`absorbed_attention`], in one Triton kernel for what [`decodes_in_kernel`] says yes to; `weights` says if they are wanted.
+
+    Returns:
+        outputs `[B, H, S, v]`, and attention weights `[B, H, S, T]` or `None`.
+    """
+    tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
+    if weights or dropout or not decodes_in_kernel(tensors, mask):
+        return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
+    context = mla_decode(_per_head(q_nope, w_uk), q_rope, latent, k_rope, scaling, mask)
+    return _per_head(context, w_uv.transpose(1, 2)), None
+
+
+def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> bool:
+    """Whether the attention of these queries, latents and weights runs in the Triton kernel: by [`MLA_DECODE`].
+
+    "auto" takes it for up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability 8.0 on. Whatever
+    was chosen, what needs gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
+
+    Raises:
+        ValueError: for another `MLA_DECODE`, and for "kernel" where there is none.
+    """
+    if MLA_DECODE not in ("auto", "kernel", "torch"):
+        raise ValueError(f"MLA_DECODE is 'auto', 'kernel' or 'torch', got {MLA_DECODE!r}.")
+    queries, device = tensors[0], tensors[2].device
+    if MLA_DECODE == "auto" and device.type != "cuda":
+        return False
+    dtypes = {tensor.dtype for tensor in tensors}
+    one_kind = len(dtypes) == 1 and dtypes < {torch.bfloat16, torch.float16, torch.float32}
+    if MLA_DECODE == "kernel" and not (DECODE_KERNEL and one_kind):
+        raise ValueError(
+            "MLA_DECODE = 'kernel' wants Triton, and queries, latents and weights that are all bf16, fp16 or fp32, got "
+            f"{', '.join(sorted(map(str, dtypes)))}: leave it at 'auto'."
+        )
+    if MLA_DECODE == "auto":
+        fits = queries.shape[2] <= MLA_DECODE_MAX_QUERIES and queries.element_size() == 2
+        if not (fits and one_kind and gpu_decodes_in_kernel(device)):
+            return False
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    plain_mask = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+    return MLA_DECODE != "torch" and plain_mask and not trains and not torch.is_autocast_enabled(device.type)
+
+
+@torch.compiler.assume_constant_result
+def gpu_decodes_in_kernel(device: torch.device) -> bool:
+    """Whether `device` is a GPU that the decode kernel was written for, and Triton is there."""
+    return DECODE_KERNEL and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
@@ -90,21 +208,93 @@ def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
     return device != "cpu" or dtype not in SLOW_ON_CPU
 
 
+@torch.compiler.assume_constant_result
+def gpu_wants_padded_values(
+    device: torch.device, dtype: torch.dtype, keys: int, values: int, trains: bool, dropout: float
+) -> bool:
+    """Whether PyTorch's causal attention on this GPU is flash attention only where `values` wide values are padded to `keys`.
+
+    PyTorch is asked: flash attention wants equal widths, cuDNN (on Hopper, from 9.11) takes 192 / 128 as it is. Without either it
+    runs memory-efficient attention, which is slower (to be measured).
+    """
+    query = torch.empty(1, 1, 256, keys, dtype=dtype, device=device, requires_grad=trains)
+    narrow = torch.empty(1, 1, 256, values, dtype=dtype, device=device, requires_grad=trains)
+    ask = torch.backends.cuda
+    as_it_is, padded = (ask.SDPAParams(query, query, value, None, dropout, True, False) for value in (narrow, query))
+    if ask.can_use_flash_attention(as_it_is) or ask.can_use_cudnn_attention(as_it_is):
+        return False
+    return ask.can_use_flash_attention(padded)
+
+
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]`, one matrix product per head over all B * S rows."""
     batch, heads, length, _ = x.shape
+    if batch == 1:
+        return torch.bmm(x.squeeze(0), weight).unsqueeze(0)
     rows = torch.bmm(x.transpose(0, 1).reshape(heads, batch * length, -1), weight)
     return rows.view(heads, batch, length, -1).transpose(0, 1)
 
 
 def _masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the last dimension in fp32. A row that sees nothing (a padded query) is spread evenly, never NaN."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return _masked(scores, mask).softmax(dim=-1)
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores in fp32, the lowest number where the mask hides a key."""
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.float()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask.to(scores.dtype).clamp(min=torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1)
+    return scores
+
+
+def absorbed_attention_quantized(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: QuantizedStates,
+    k_rope: QuantizedStates | torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The outputs of [`absorbed_attention`] over latents `[B, 1, T, c]` and rope keys `[B, 1, T, r]` that stay quantised.
+
+    Queries are rotated instead of what is cached, and scales meet scores and weights, so that a block of tokens only becomes
+    numbers, once, for both products: the softmax is that of a running maximum. Not for gradients.
+    """
+    batch, heads, length, _ = q_nope.shape
+    device, dtype, keys = q_nope.device, q_nope.dtype, latent.shape[2]
+    compute = dtype if has_fast_gemm(device.type, dtype) else torch.float32
+    sums = torch.promote_types(compute, torch.float32)
+    held = (latent, k_rope)
+    queries = (_per_head(q_nope.to(compute), w_uk.to(compute)), q_rope)
+    queries = [rotate(query) if is_quantized(x) else query for query, x in zip(queries, held, strict=True)]
+    queries = [(query.to(sums) * scaling).to(compute).reshape(batch, heads * length, -1) for query in queries]
+    scales = [x.multipliers(sums) if is_quantized(x) else None for x in held]
+    block = min(keys, max(128, UPCAST_BLOCK // batch) if device.type == "cpu" else keys)
+    rooms = space((batch * block * latent.shape[-1], batch * block * k_rope.shape[-1]), compute, device)
+    largest = torch.full((batch, heads * length, 1), torch.finfo(sums).min, dtype=sums, device=device)
+    total, context = torch.zeros_like(largest), torch.zeros(queries[0].shape, dtype=sums, device=device)
+    for start in range(0, keys, block):
+        here = slice(start, min(start + block, keys))
+        numbers = [read(x, here, room) for x, room in zip(held, rooms, strict=True)]
+        scores = 0
+        for query, number, scale in zip(queries, numbers, scales, strict=True):
+            part = torch.bmm(query, number.transpose(1, 2)).to(sums)
+            scores = part + scores if scale is None else part.mul_(scale[..., here]).add_(scores)
+        seen = None if mask is None else mask[..., here]
+        scores = _masked(scores.view(batch, heads, length, -1), seen).flatten(1, 2)
+        before, largest = largest, torch.maximum(largest, scores.amax(-1, keepdim=True))
+        weights, decay = (scores - largest).exp_(), (before - largest).exp_()
+        total = total * decay + weights.sum(-1, keepdim=True)
+        weights = weights.mul_(scales[0][..., here]).to(compute)
+        context = context * decay + torch.bmm(weights, numbers[0])
+    context = rotate(context / total).to(compute).view(batch, heads, length, -1)
+    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype)
 
 
 def block_scaled_product_reference(
@@ -147,8 +337,8 @@ def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
     Raises:
         ValueError: for another `FP8_PRODUCT`, and for "kernel" where there is none.
     """
-    if FP8_PRODUCT not in ("auto", "kernel", "dequantize"):
-        raise ValueError(f"FP8_PRODUCT is 'auto', 'kernel' or 'dequantize', got {FP8_PRODUCT!r}.")
+    if FP8_PRODUCT not in ("auto", "kernel", "c", "dequantize"):
+        raise ValueError(f"FP8_PRODUCT is 'auto', 'kernel', 'c' or 'dequantize', got {FP8_PRODUCT!r}.")
     fits = AVAILABLE and weight.dtype == torch.float8_e4m3fn and block_size[1] == GROUP
     if FP8_PRODUCT == "kernel" and not fits:
         raise ValueError(
@@ -158,6 +348,46 @@ def multiplies_fp8(weight: torch.Tensor, block_size: tuple[int, int]) -> bool:
     if FP8_PRODUCT != "auto":
         return FP8_PRODUCT == "kernel"
     return fits and weight.device.type == "cuda" and gpu_multiplies_fp8(weight.device)
+
+
+def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
+    """Whether this FP8 weight is one for the C kernels: on a CPU, real (no tracing, no fake tensors), of that many elements.
+
+    Raises:
+        ValueError: for `FP8_PRODUCT` "c" where there is no compiler.
+    """
+    if FP8_PRODUCT not in ("auto", "c") or torch.compiler.is_compiling() or type(weight.detach()) is not torch.Tensor:
+        return False
+    fits = weight.dtype == torch.float8_e4m3fn and weight.device.type == "cpu" and weight.stride(-1) == 1
+    if FP8_PRODUCT == "c":
+        if not cpu_kernels_available():
+            raise ValueError("FP8_PRODUCT = 'c' wants a C compiler: install one, or leave it at 'auto'.")
+        return fits
+    return fits and weight.numel() >= at_least and cpu_kernels_available()
+
+
+def dequantizing_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
+) -> torch.Tensor | None:
+    """`x` `[..., n]` times the dequantised weight `[m, n]`, summed in fp32, in one pass over the weight; `[..., m]` like `x`.
+
+    `None` where that is not the way to do it: elsewhere than on a CPU, for many tokens, for weights as [`has_c_form`] says.
+    Its plain twin is `F.linear(x, dequantize(weight, scale, block_size))`, up to the order of the sums.
+    """
+    tokens = x.numel() // max(1, x.shape[-1])
+    if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weight, C_MIN_WEIGHTS):
+        return None
+    rows = x.reshape(tokens, -1).float().contiguous()
+    return cpu_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
+    """Writes the dequantised weight to `out`, rounded once, if it is one for C; bit by bit what fp8.py's plain form gives."""
+    fits = out.dtype in (torch.float32, torch.bfloat16) and out.is_contiguous() and type(out) is torch.Tensor
+    if not fits or not has_c_form(weight, 1 if cpu_kernels_loaded() else C_MIN_WEIGHTS):
+        return False
+    cpu_dequantize(weight, scale.float().contiguous(), block_size, out)
+    return True
 
 
 def gpu_multiplies_fp8(device: torch.device | None = None) -> bool:

@@ -84,6 +84,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     name_lora_targets = name_lora_targets
     _keys_to_ignore_on_load_unexpected = [rf"layers\.\d+\.{re.escape(name)}$" for name in SHARED_MTP_WEIGHTS]
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, but that "auto" is an implementation, and what is taken where none is asked for."""
+        if requested_experts == "auto":
+            return "auto"
+        found = super().get_correct_experts_implementation(requested_experts)
+        return "auto" if requested_experts is None and found == "grouped_mm" else found
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -62,7 +62,7 @@ class RaggedRows:
             first = torch.tensor(before, device=self.offsets.device)
             slots = first[:, None, None, None] + torch.arange(width, device=first.device)[:, None]
             for layer in self.cache.layers:
-                for states in (layer.keys, layer.values):
+                for states in layer.stored if hasattr(layer, "stored") else (layer.keys, layer.values):
                     index = slots.to(states.device).expand(-1, states.shape[1], -1, states.shape[3])
                     states.scatter_(2, index, states.narrow(2, start, width).clone())
         self._cut(start + width)

@@ -34,20 +34,29 @@ def yarn_attention_factor(rope_parameters: dict) -> float:
     )
 
 
+def rotation_tables(cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every pair, `[..., D / 2]`, spread to what meets every element, `[..., D]`: sin negative for the first."""
+    if interleaved:
+        return tuple(torch.stack(pair, dim=-1).flatten(-2) for pair in ((cos, cos), (-sin, sin)))
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (0, 1), (2, 3), ... of `x` `[..., D]` by `cos`, `sin` `[..., D / 2]`, in fp32; dtype of `x`."""
-    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    """Rotates the pairs (0, 1), (2, 3), ... of `x` `[..., D]` by [`rotation_tables`] `[..., D]`, in fp32; dtype of `x`."""
+    wide = x if x.dtype == cos.dtype else x.to(torch.promote_types(x.dtype, torch.float32))
+    rotated = torch.addcmul(wide * cos, wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
+    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
 
 
 def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + D / 2) of `x` `[..., D]` by `cos`, `sin` `[..., D / 2]`, in fp32; dtype of `x`."""
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """Rotates the pairs (i, i + D / 2) of `x` `[..., D]` by [`rotation_tables`] `[..., D]`, in fp32; dtype of `x`."""
+    wide = x if x.dtype == cos.dtype else x.to(torch.promote_types(x.dtype, torch.float32))
+    rotated = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
 
 
 class DeepseekRotaryEmbedding(nn.Module):
-    """cos and sin of `position * inv_freq`, each `[B, S, rotated_dim / 2]` in fp32, once per forward for all layers."""
+    """[`rotation_tables`] of `position * inv_freq`, each `[B, S, rotated_dim]` in fp32, once per forward for all layers."""
 
     inv_freq: torch.Tensor
 
@@ -85,4 +94,5 @@ class DeepseekRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = (table * self.attention_scaling for table in (angles.cos(), angles.sin()))
+        return rotation_tables(cos, sin, getattr(self.config, "rope_interleave", False))

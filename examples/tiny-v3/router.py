@@ -53,8 +53,8 @@ def gate_values(
     gates = scores.gather(1, chosen)
     if normalize and (scale_normalized or gates.shape[-1] > 1):
         gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
-        return gates * scaling if scale_normalized else gates
-    return gates * scaling
+        scaling = scaling if scale_normalized else 1.0
+    return gates if scaling == 1.0 else gates * scaling
 
 
 class DeepseekTopkRouter(nn.Module):
@@ -98,11 +98,17 @@ class DeepseekTopkRouter(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         device = tokens.device.type
-        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             router_logits = F.linear(tokens.float(), self.weight.float())
             scores = router_scores(router_logits, self.scoring_func)
         chosen = choose_experts(
-            scores.detach(), self.e_score_correction_bias, self.top_k, self.topk_method, self.n_group, self.topk_group
+            scores.detach() if scores.requires_grad else scores,
+            self.e_score_correction_bias,
+            self.top_k,
+            self.topk_method,
+            self.n_group,
+            self.topk_group,
         )
         gates = gate_values(
             scores, chosen, self.norm_topk_prob, self.routed_scaling_factor, self.scales_normalized_gates

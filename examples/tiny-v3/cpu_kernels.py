@@ -1,0 +1,234 @@
+"""Products with block-FP8 weights on a CPU, in C that the machine's own compiler translates when first asked; for `ops` alone.
+
+PyTorch has no such product, and its operations pass over a weight some six times where one pass will do. Without a compiler the
+module still imports, and `available()` is False.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TILE = 4  # tokens that a weight is decoded for at a time
+
+SOURCE = r"""
+#include <stdint.h>
+#include <string.h>
+
+/* E4M3: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7f is NaN, there is no infinity. */
+static float TABLE[256];
+
+__attribute__((constructor)) static void fill(void) {
+  for (int code = 0; code < 256; code++) {
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    float value = exponent ? 1 + mantissa / 8.f : mantissa / 8.f;
+    for (int e = exponent ? exponent : 1; e < 7; e++) value /= 2;
+    for (int e = exponent; e > 7; e--) value *= 2;
+    if ((code & 127) == 127) value = __builtin_nanf("");
+    TABLE[code] = code & 128 ? -value : value;
+  }
+}
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define WIDE 16
+typedef struct { __m256 low, high; } floats;
+
+/* 16 values times 2^-8: the bits of E4M3 moved up by 7 are fp16 (bias 15), but for NaN. */
+static inline floats decode(const uint8_t *codes) {
+  __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)codes)), 7);
+  bits = _mm256_andnot_si256(_mm256_set1_epi16(0x4000), bits);
+  __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff));
+  __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+  bits = _mm256_or_si256(bits, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
+  floats values = {_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
+  return values;
+}
+
+static inline float total(__m256 x) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+#endif
+
+/* One row of `inner` codes times TOKENS rows of x: y[t] for each. A group of columns shares a scale. */
+#define ROW(TOKENS)                                                                                                    \
+  static inline void row_##TOKENS(const uint8_t *codes, const float *scales, const float *x, float *y, int64_t inner,  \
+                                  int64_t group, int64_t y_stride) {                                                   \
+    float sums[TOKENS] = {0};                                                                                          \
+    for (int64_t start = 0; start < inner; start += group, scales++) {                                                 \
+      int64_t i = start, end = start + group < inner ? start + group : inner;                                          \
+      float part[TOKENS] = {0};                                                                                        \
+      BLOCK(TOKENS)                                                                                                    \
+      for (; i < end; i++)                                                                                             \
+        for (int t = 0; t < TOKENS; t++) part[t] += TABLE[codes[i]] * x[t * inner + i];                                \
+      for (int t = 0; t < TOKENS; t++) sums[t] += part[t] * *scales;                                                   \
+    }                                                                                                                  \
+    for (int t = 0; t < TOKENS; t++) y[t * y_stride] = sums[t];                                                        \
+  }
+#ifdef WIDE
+#define BLOCK(TOKENS)                                                                                                  \
+  __m256 low[TOKENS], high[TOKENS];                                                                                    \
+  for (int t = 0; t < TOKENS; t++) low[t] = high[t] = _mm256_setzero_ps();                                             \
+  for (; i + WIDE <= end; i += WIDE) {                                                                                 \
+    floats w = decode(codes + i);                                                                                      \
+    for (int t = 0; t < TOKENS; t++) {                                                                                 \
+      low[t] = _mm256_fmadd_ps(w.low, _mm256_loadu_ps(x + t * inner + i), low[t]);                                     \
+      high[t] = _mm256_fmadd_ps(w.high, _mm256_loadu_ps(x + t * inner + i + 8), high[t]);                              \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  for (int t = 0; t < TOKENS; t++) part[t] = 256 * total(_mm256_add_ps(low[t], high[t]));
+#else
+#define BLOCK(TOKENS)
+#endif
+ROW(1)
+ROW(2)
+ROW(3)
+ROW(4)
+
+/* y [tokens, rows] = x [tokens, inner] times the weight [rows, inner]; scales [ceil(rows / group_rows), ceil(inner / group)]. */
+void product(const uint8_t *weight, const float *scales, const float *x, float *y, int64_t tokens, int64_t rows, int64_t inner,
+             int64_t weight_stride, int64_t group_rows, int64_t group) {
+  int64_t groups = (inner + group - 1) / group;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const uint8_t *codes = weight + row * weight_stride;
+    const float *own = scales + row / group_rows * groups;
+    for (int64_t t = 0; t < tokens;) {
+      const float *from = x + t * inner;
+      float *to = y + t * rows + row;
+      switch (tokens - t) {
+        case 1: row_1(codes, own, from, to, inner, group, rows); t += 1; break;
+        case 2: row_2(codes, own, from, to, inner, group, rows); t += 2; break;
+        case 3: row_3(codes, own, from, to, inner, group, rows); t += 3; break;
+        default: row_4(codes, own, from, to, inner, group, rows); t += 4;
+      }
+    }
+  }
+}
+
+/* To the nearest, ties to even. */
+static inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+#ifdef WIDE
+static inline __m256i to_bfloat16s(__m256 values) {
+  __m256i bits = _mm256_castps_si256(values), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256 nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+  return _mm256_srli_epi32(rounded, 16);
+}
+#endif
+
+/* The weight itself, each value times its scale in fp32, to fp32 or, rounded to nearest even, to bf16. */
+void dequantize(const uint8_t *weight, const float *scales, void *out, int64_t bfloat16, int64_t rows, int64_t inner,
+                int64_t weight_stride, int64_t group_rows, int64_t group) {
+  int64_t groups = (inner + group - 1) / group;
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const uint8_t *codes = weight + row * weight_stride;
+    const float *own = scales + row / group_rows * groups;
+    for (int64_t start = 0; start < inner; start += group, own++) {
+      int64_t i = start, end = start + group < inner ? start + group : inner;
+      float scale = *own, *wide = (float *)out + row * inner;
+      uint16_t *narrow = (uint16_t *)out + row * inner;
+#ifdef WIDE
+      __m256 factor = _mm256_set1_ps(scale), up = _mm256_set1_ps(256);
+      for (; i + WIDE <= end; i += WIDE) {
+        floats w = decode(codes + i);
+        __m256 low = _mm256_mul_ps(_mm256_mul_ps(w.low, up), factor), high = _mm256_mul_ps(_mm256_mul_ps(w.high, up), factor);
+        if (bfloat16) {
+          __m256i both = _mm256_packus_epi32(to_bfloat16s(low), to_bfloat16s(high));
+          _mm256_storeu_si256((__m256i *)(narrow + i), _mm256_permute4x64_epi64(both, 0xd8));
+        } else {
+          _mm256_storeu_ps(wide + i, low);
+          _mm256_storeu_ps(wide + i + 8, high);
+        }
+      }
+#endif
+      for (; i < end; i++) {
+        float value = TABLE[codes[i]] * scale;
+        if (bfloat16) narrow[i] = to_bfloat16(value); else wide[i] = value;
+      }
+    }
+  }
+}
+"""
+
+
+@functools.cache
+def _library(*flags: str) -> ctypes.CDLL | None:
+    """The translated functions; `None`, said once, where there is no compiler or what it made cannot be loaded."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        problem = "no C compiler was found"
+    else:
+        with tempfile.TemporaryDirectory(prefix="modeling_deepseek_") as folder:
+            source, target = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
+            source.write_text(SOURCE, encoding="utf-8")
+            for options in (["-march=native", "-fopenmp"], ["-fopenmp"], []):  # the last: one thread
+                command = [
+                    *compiler.split(),
+                    "-O3",
+                    "-fPIC",
+                    "-shared",
+                    *options,
+                    *flags,
+                    source.name,
+                    "-o",
+                    target.name,
+                ]
+                try:
+                    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
+                    return _declared(ctypes.CDLL(str(target)))
+                except (OSError, subprocess.SubprocessError) as error:
+                    problem = str(getattr(error, "stderr", None) or error).strip()
+    logger.warning_once(
+        f"Weights that are kept in FP8 are multiplied by PyTorch's own operations, for single tokens some ten times as slow as by "
+        f"the C kernel, for which {problem}. Install a C compiler (or name it in CC)."
+    )
+    return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.product.argtypes = [pointer] * 4 + [number] * 6
+    library.dequantize.argtypes = [pointer] * 3 + [number] * 6
+    library.product.restype = library.dequantize.restype = None
+    return library
+
+
+def available() -> bool:
+    """Whether there are kernels; the first to ask waits about a second for the compiler."""
+    return _library() is not None
+
+
+def loaded() -> bool:
+    """Whether somebody has asked before."""
+    return _library.cache_info().currsize > 0
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
+    """`x` `[n, in]` times `weight` `[out, in]` in E4M3 with block scales: `[n, out]`, all in fp32 and contiguous but for rows."""
+    output = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    pointers = [tensor.data_ptr() for tensor in (weight, scale, x, output)]
+    _library().product(*pointers, len(x), *weight.shape, weight.stride(0), *block_size)
+    return output
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> None:
+    """Writes `weight` `[m, n]` in E4M3 times its block scales in fp32 to the contiguous `out`, in fp32 or bf16."""
+    pointers = [tensor.data_ptr() for tensor in (weight, scale, out)]
+    _library().dequantize(*pointers, out.dtype == torch.bfloat16, *weight.shape, weight.stride(0), *block_size)
