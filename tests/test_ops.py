@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from modeling_deepseek import ops
-from modeling_deepseek.ops import absorbed_attention, absorbed_attention_reference, blocked_causal_attention
+from modeling_deepseek.ops import (
+    absorbed_attention,
+    absorbed_attention_in_blocks,
+    absorbed_attention_reference,
+    attend_latents,
+    blocked_causal_attention,
+)
 
 
 class Sizes(NamedTuple):
@@ -302,3 +308,41 @@ def test_blocks_do_not_read_what_lies_behind():
     query, key, value = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 60, 8), torch.randn(1, 2, 60, 8)
     key[:, :, 40:] = value[:, :, 40:] = float("nan")
     assert blocked_causal_attention(query, key, value, 0.3).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["all", "causal", "padded", "additive", "nothing"])
+@pytest.mark.parametrize("fast", [True, False], ids=["native products", "products in fp32"])
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_latents_equal_all_at_once(kind, fast, dtype, monkeypatch):
+    """Nine blocks, the last of one token; "padded" hides whole blocks from one row, "nothing" all of them."""
+    monkeypatch.setattr(ops, "KEY_BLOCK", 8)
+    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: fast or dtype.itemsize > 2)
+    sizes = TINY._replace(keys=65)
+    exact = inputs(sizes)
+    mask = None if kind == "all" else torch.ones(2, 1, 3, 65, dtype=torch.bool).tril(62)
+    if kind in ("padded", "additive"):
+        mask[1, ..., :43] = False
+    if kind == "nothing":
+        mask[1] = False
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    expected = absorbed_attention_reference(*exact, 0.3, mask)[0]
+    output = absorbed_attention_in_blocks(*(x.to(dtype) for x in exact), 0.3, mask)
+    assert output.dtype == dtype
+    tolerance = {torch.double: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype] * expected.std()
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance.item())
+
+
+@torch.no_grad()
+def test_128_heads_of_v3_over_a_long_cache(monkeypatch):
+    """At 128k positions scores are far apart: the largest differs from block to block."""
+    tensors = inputs(Sizes(1, 1, 2 * ops.KEY_BLOCK + 1, 128, 512, 128, 64, 128), torch.float32)
+    tensors[2][0, ::500] *= 30
+    output, weights = attend_latents(*tensors, 0.1147, weights=False)
+    assert weights is None
+    expected = absorbed_attention(*tensors, 0.1147)[0]
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+    monkeypatch.setattr(ops, "absorbed_attention_in_blocks", None)
+    assert attend_latents(*tensors, 0.1147, weights=True)[1] is not None
+    short = [x[:, :9] if i in (2, 3) else x for i, x in enumerate(tensors)]
+    assert attend_latents(*short, 0.1147, weights=False)[0].isfinite().all()
