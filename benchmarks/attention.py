@@ -63,6 +63,9 @@ class Case:
 
     def expanded(self) -> torch.Tensor:
         query = torch.cat((self.q_nope, self.q_rope), dim=-1)
+        if self.ours.blocks_queries(self.q_nope.transpose(1, 2), self.seen):
+            key, value = self.ours.expand(self.latent, self.k_rope, wide=not has_fast_gemm("cpu", query.dtype))
+            return blocked_causal_attention(query, key, value, self.ours.scaling, self.seen).flatten(2)
         key, value = self.ours.expand(self.latent, self.k_rope)
         if self.ours.pads_values(query, key, self.seen is not None):
             value = torch.nn.functional.pad(value, (0, self.ours.qk_head_dim - self.ours.v_head_dim))
@@ -70,13 +73,10 @@ class Case:
 
     def chosen(self) -> torch.Tensor:
         """As [`DeepseekLatentAttention.forward`] chooses."""
-        if self.prefix and self.ours.use_absorbed(self.new, self.context, has_cache=True):
-            return self.absorbed()
-        if not self.ours.blocks_queries(self.q_nope.transpose(1, 2), self.seen):
-            return self.expanded()
-        query = torch.cat((self.q_nope, self.q_rope), dim=-1)
-        key, value = self.ours.expand(self.latent, self.k_rope, wide=not has_fast_gemm("cpu", query.dtype))
-        return blocked_causal_attention(query, key, value, self.ours.scaling, self.seen).flatten(2)
+        return self.absorbed() if self.prefix and self.takes_absorbed() else self.expanded()
+
+    def takes_absorbed(self) -> bool:
+        return self.ours.use_absorbed(self.new, self.context, has_cache=True)
 
     def of_native(self, name: str) -> torch.Tensor:
         query = torch.cat((self.q_nope, self.q_rope), dim=-1)
@@ -125,7 +125,7 @@ def crossover(args: argparse.Namespace) -> None:
                 case = Case(16, new, context, getattr(torch, name))
                 times = take_turns(case.contestants("absorbed", "expanded"), args.rounds)
                 native = better(times, list(NATIVE))
-                chosen = "absorbed" if case.ours.use_absorbed(new, context, has_cache=True) else "expanded"
+                chosen = "absorbed" if case.takes_absorbed() else "expanded"
                 row(
                     name, context, new, spread(times["absorbed"], 1e3),
                     f"{spread(ratios(times['expanded'], times['absorbed']))} x",

@@ -357,7 +357,9 @@ def lite_geometry(mode: str = "auto") -> DeepseekLatentAttention:
         (5, 4096, True),
         (128, 4224, True),
         (128, 128, False),
-        (160, 65536, False),
+        (160, 65536, True),
+        (192, 1024, False),
+        (192, 8192, True),
         (64, 64, False),
         (256, 4352, False),
         (256, 256, False),
@@ -368,6 +370,12 @@ def test_auto_absorbs_few_new_tokens_that_meet_a_cache(queries, keys, absorbed):
     assert attention.use_absorbed(queries, keys, True) is absorbed
     assert attention.use_absorbed(queries, keys, False) is False
     assert attention.train().use_absorbed(queries, keys, True) is False
+
+
+def test_elsewhere_than_on_a_cpu_auto_stops_at_128_new_tokens():
+    attention = lite_geometry().to("meta")
+    attention.kv_b_proj = torch.nn.Linear(512, 512, bias=False)
+    assert attention.use_absorbed(128, 8192, True) and not attention.use_absorbed(129, 8192, True)
 
 
 @pytest.mark.parametrize(("keys", "absorbed"), [(100, False), (4096, True)])
