@@ -11,20 +11,19 @@ through each cache; every token is read from it, also those of its own window.
 
 import argparse
 import platform
-import statistics
 import sys
 import sysconfig
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
+from timing import machine, ratios, spread, take_turns
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek
 from modeling_deepseek import DeepseekV2Config, LatentCache
-from modeling_deepseek.ops import absorbed_attention, absorbed_attention_quantized
+from modeling_deepseek.ops import absorbed_attention_quantized, attend_latents
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pretrain_tiny
@@ -49,7 +48,7 @@ def memory(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def speed(args: argparse.Namespace) -> None:
-    print(f"{machine(args)}, {args.heads} heads, batch {args.batch}, {args.context} cached tokens\n")
+    print(f"{machine(args.threads)}, {args.heads} heads, batch {args.batch}, {args.context} cached tokens\n")
     print(
         "| dtype | cache in | ms per step and layer: median (min - max) | speed beside the model's dtype: median (min - max) |"
     )
@@ -64,16 +63,12 @@ def speed(args: argparse.Namespace) -> None:
             states = (torch.randn(args.batch, 1, args.context, width).to(dtype) for width in (RANK, ROPE))
             held = cache.update(*states, 0, **({"dequantize": False} if bits else {}))
             held = held if bits else [states.squeeze(1) for states in held]
-            steps[name] = (absorbed_attention_quantized if bits else absorbed_attention), held
-        seconds = {name: [] for name in steps}
-        for _ in range(args.rounds + 2):
-            for name, (attend, held) in steps.items():
-                start = time.perf_counter()
-                attend(*queries, *held, *weights, 192**-0.5)
-                seconds[name].append(time.perf_counter() - start)
+            form = absorbed_attention_quantized if bits else partial(attend_latents, weights=False)
+            steps[name] = partial(form, *queries, *held, *weights, 192**-0.5)
+        seconds = take_turns(steps, args.rounds, warmup=2)
         for name, own in seconds.items():
-            ratios = [base / mine for base, mine in zip(seconds["model's dtype"][2:], own[2:], strict=True)]
-            print(f"| {str(dtype).removeprefix('torch.')} | {name} | {spread(own[2:], 1e3)} | {spread(ratios)} |")
+            beside = spread(ratios(seconds["model's dtype"], own))
+            print(f"| {str(dtype).removeprefix('torch.')} | {name} | {spread(own, 1e3)} | {beside} |")
 
 
 @torch.inference_mode()
@@ -102,16 +97,6 @@ def quality(args: argparse.Namespace) -> None:
         perplexity, base = (torch.tensor(losses[key]).mean().exp() for key in (name, "model's dtype"))
         divergence, same = (torch.tensor(found[name]).mean() for found in (divergences, agreements))
         print(f"| {name} | {perplexity:.3f} | {perplexity / base:.4f} | {divergence:.1e} | {same:.2%} |")
-
-
-def spread(values: list[float], factor: float = 1) -> str:
-    middle, low, high = (factor * f(values) for f in (statistics.median, min, max))
-    return f"{middle:.2f} ({low:.2f} - {high:.2f})"
-
-
-def machine(args: argparse.Namespace) -> str:
-    name = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
-    return f"{name}, transformers {transformers.__version__}"
 
 
 def main() -> None:

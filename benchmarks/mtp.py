@@ -8,7 +8,6 @@ for the peak memory. "generate" completes windows of held-out standard-library s
 """
 
 import argparse
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
+from timing import machine, spread
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -89,14 +88,14 @@ def train(args: argparse.Namespace) -> None:
     for _ in tqdm(range(args.rounds + 1)):  # the first round warms up
         for variant in VARIANTS:
             times[variant].append(step(model, ids, variant))
-    print(f"\n{machine(args)}, 6 + 1 layers of width 512, {args.length} tokens, vocabulary {args.vocabulary}")
+    print(f"\n{machine(args.threads)}, 6 + 1 layers of width 512, {args.length} tokens, vocabulary {args.vocabulary}")
     print("| | ms per step: median (min - max) | time: median (min - max) | peak memory, MB | more than without |")
     print("|---|---|---|---|---|")
     for variant, seconds in times.items():
         ratios = [own / other for own, other in zip(seconds[1:], times["without"][1:], strict=True)]
         more = memory[variant] - memory["without"]
         print(
-            f"| {variant} | {spread(seconds[1:], 1e3)} | {spread(ratios, digits=2)} | {memory[variant]:.0f} | {more:.0f} |"
+            f"| {variant} | {spread(seconds[1:], 1e3, 0)} | {spread(ratios, digits=2)} | {memory[variant]:.0f} | {more:.0f} |"
         )
 
 
@@ -105,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     _, held_out = pretrain_tiny.read_library(Path(sysconfig.get_paths()["stdlib"]))
     ids = pretrain_tiny.encode(tokenizer, list(held_out.values()))
-    print(f"{machine(args)}, {model.dtype}, {args.new} new tokens after 64 of held-out source")
+    print(f"{machine(args.threads)}, {model.dtype}, {args.new} new tokens after 64 of held-out source")
     print(
         "| batch | decoding | drafts per round | accepted | tokens per second without | with / without: median (min - max) |"
     )
@@ -138,16 +137,6 @@ def generate(args: argparse.Namespace) -> None:
                 speed = batch * args.new / statistics.median(times[0])
                 how, rate = "as configured" if sample else "greedy", statistics.mean(accepted[number])
                 print(f"| {batch} | {how} | {number} | {rate:.2f} | {speed:.0f} | {spread(ratios, digits=2)} |")
-
-
-def spread(values: list[float], factor: float = 1, digits: int = 0) -> str:
-    middle, low, high = (factor * f(values) for f in (statistics.median, min, max))
-    return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
-
-
-def machine(args: argparse.Namespace) -> str:
-    name = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
-    return f"{name}, transformers {transformers.__version__}"
 
 
 def main() -> None:

@@ -8,15 +8,13 @@ less than the clock's. Memory is the peak of a process of its own over one that 
 """
 
 import argparse
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
 
 import torch
-import transformers
+from timing import machine, spread
 from tqdm import tqdm
 from transformers.models.deepseek_v2 import DeepseekV2Config as NativeV2Config
 from transformers.models.deepseek_v2 import DeepseekV2ForCausalLM as NativeV2
@@ -111,11 +109,6 @@ def peak_megabytes(args: argparse.Namespace, family: str, row: str) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def spread(values: list[float], factor: float = 1, digits: int = 0) -> str:
-    middle, low, high = (factor * f(values) for f in (statistics.median, min, max))
-    return f"{middle:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
-
-
 def measure_memory(family: str, args: argparse.Namespace) -> None:
     memory = {row: peak_megabytes(args, family, row) for row in tqdm(args.rows)}
     print(f"\n| {family} | peak memory of a step, MB |\n|---|---|")
@@ -139,7 +132,7 @@ def measure_time(family: str, args: argparse.Namespace, ids: torch.Tensor) -> No
     )
     for row, seconds in times.items():
         ratios = [own / other for own, other in zip(seconds[1:], times[args.rows[0]][1:], strict=True)]
-        print(f"| {row} | {spread(seconds[1:], 1e3)} | {spread(ratios, digits=3)} |", flush=True)
+        print(f"| {row} | {spread(seconds[1:], 1e3, 0)} | {spread(ratios, digits=3)} |", flush=True)
 
 
 def main() -> None:
@@ -159,10 +152,7 @@ def main() -> None:
     if args.only:
         alone(args, ids)
         return
-    name = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
-    print(
-        f"{name}, transformers {transformers.__version__}, {args.batch} x {args.length} tokens, vocabulary {args.vocabulary}"
-    )
+    print(f"{machine(args.threads)}, {args.batch} x {args.length} tokens, vocabulary {args.vocabulary}")
     for family in args.families:
         if args.what == "memory":
             measure_memory(family, args)
