@@ -167,7 +167,7 @@ class DeepseekLatentAttention(DeepseekAttention):
             output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
-            if self.blocks_queries(hidden_states, attention_mask):
+            if self.blocks_queries(hidden_states, attention_mask, **kwargs):
                 query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
                 key, value = self.expand(latent, k_rope, wide=not has_fast_gemm("cpu", query.dtype))
                 output = blocked_causal_attention(query, key, value, self.scaling, attention_mask)
@@ -215,11 +215,16 @@ class DeepseekLatentAttention(DeepseekAttention):
             and (query.shape[2] >= PADDED_MIN_QUERIES or (self.training and self.recompute is not None))
         )
 
-    def blocks_queries(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    def blocks_queries(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, is_causal: bool = True, **kwargs
+    ) -> bool:
         """Whether a prefill of `hidden_states` `[B, S, d]` goes by blocks: on CPUs, where PyTorch's kernel is slower."""
         return (
             hidden_states.device.type == "cpu"
             and hidden_states.shape[1] > 1
+            and self.is_causal
+            and is_causal is not False
+            and kwargs.get("position_bias") is None
             and not torch.is_grad_enabled()
             and not (self.training and self.attention_dropout)
             and not torch.compiler.is_compiling()

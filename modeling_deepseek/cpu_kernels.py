@@ -7,6 +7,7 @@ module still imports, and `available()` is False.
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -39,17 +40,27 @@ __attribute__((constructor)) static void fill(void) {
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
-#define WIDE 16
-typedef struct { __m256 low, high; } floats;
+#define WIDE 32
+typedef struct { __m256 part[4]; } floats;
 
-/* 16 values times 2^-8: the bits of E4M3 moved up by 7 are fp16 (bias 15), but for NaN. */
-static inline floats decode(const uint8_t *codes) {
-  __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)codes)), 7);
-  bits = _mm256_andnot_si256(_mm256_set1_epi16(0x4000), bits);
-  __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x7fff));
-  __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
-  bits = _mm256_or_si256(bits, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff)));
-  floats values = {_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
+static inline __m256i load(const uint8_t *codes) { return _mm256_loadu_si256((const __m256i *)codes); }
+
+/* 0xff where a code is NaN, which `decode` does not know. */
+static inline __m256i nans(__m256i codes) {
+  __m256i code = _mm256_set1_epi8(0x7f);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(codes, code), code);
+}
+
+/* 32 values times 2^-8: the bits of E4M3 moved up by 7 are fp16, whose bias is 15. */
+static inline floats decode(__m256i codes) {
+  floats values;
+  for (int half = 0; half < 2; half++) {
+    __m128i own = half ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
+    __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(own), 7);
+    bits = _mm256_andnot_si256(_mm256_set1_epi16(0x4000), bits);
+    values.part[2 * half] = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+    values.part[2 * half + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+  }
   return values;
 }
 
@@ -65,30 +76,47 @@ static inline float total(__m256 x) {
   static inline void row_##TOKENS(const uint8_t *codes, const float *scales, const float *x, float *y, int64_t inner,  \
                                   int64_t group, int64_t y_stride) {                                                   \
     float sums[TOKENS] = {0};                                                                                          \
+    WIDE_SUMS(TOKENS)                                                                                                  \
     for (int64_t start = 0; start < inner; start += group, scales++) {                                                 \
       int64_t i = start, end = start + group < inner ? start + group : inner;                                          \
       float part[TOKENS] = {0};                                                                                        \
-      BLOCK(TOKENS)                                                                                                    \
+      WIDE_GROUP(TOKENS)                                                                                               \
       for (; i < end; i++)                                                                                             \
         for (int t = 0; t < TOKENS; t++) part[t] += TABLE[codes[i]] * x[t * inner + i];                                \
       for (int t = 0; t < TOKENS; t++) sums[t] += part[t] * *scales;                                                   \
     }                                                                                                                  \
-    for (int t = 0; t < TOKENS; t++) y[t * y_stride] = sums[t];                                                        \
+    for (int t = 0; t < TOKENS; t++) y[t * y_stride] = sums[t] + WIDE_SUM(t);                                          \
   }
 #ifdef WIDE
-#define BLOCK(TOKENS)                                                                                                  \
-  __m256 low[TOKENS], high[TOKENS];                                                                                    \
-  for (int t = 0; t < TOKENS; t++) low[t] = high[t] = _mm256_setzero_ps();                                             \
+/* With one token, four sums that do not wait for each other; with more, two each: there are 16 registers. */
+#define WIDE_SUMS(TOKENS)                                                                                              \
+  enum { SUMS = TOKENS == 1 ? 4 : 2 };                                                                                 \
+  __m256 wide[TOKENS];                                                                                                 \
+  for (int t = 0; t < TOKENS; t++) wide[t] = _mm256_setzero_ps();
+#define WIDE_GROUP(TOKENS)                                                                                             \
+  __m256 sum[TOKENS][SUMS];                                                                                            \
+  __m256i bad = _mm256_setzero_si256();                                                                                \
+  for (int t = 0; t < TOKENS; t++)                                                                                     \
+    for (int s = 0; s < SUMS; s++) sum[t][s] = _mm256_setzero_ps();                                                    \
   for (; i + WIDE <= end; i += WIDE) {                                                                                 \
-    floats w = decode(codes + i);                                                                                      \
-    for (int t = 0; t < TOKENS; t++) {                                                                                 \
-      low[t] = _mm256_fmadd_ps(w.low, _mm256_loadu_ps(x + t * inner + i), low[t]);                                     \
-      high[t] = _mm256_fmadd_ps(w.high, _mm256_loadu_ps(x + t * inner + i + 8), high[t]);                              \
-    }                                                                                                                  \
+    __m256i raw = load(codes + i);                                                                                     \
+    floats w = decode(raw);                                                                                            \
+    bad = _mm256_or_si256(bad, nans(raw));                                                                             \
+    for (int t = 0; t < TOKENS; t++)                                                                                   \
+      for (int p = 0; p < 4; p++)                                                                                      \
+        sum[t][p % SUMS] = _mm256_fmadd_ps(w.part[p], _mm256_loadu_ps(x + t * inner + i + 8 * p), sum[t][p % SUMS]);   \
   }                                                                                                                    \
-  for (int t = 0; t < TOKENS; t++) part[t] = 256 * total(_mm256_add_ps(low[t], high[t]));
+  if (!_mm256_testz_si256(bad, bad)) i = start; /* all of the group from the table */                                  \
+  else                                                                                                                 \
+    for (int t = 0; t < TOKENS; t++) {                                                                                 \
+      for (int s = 1; s < SUMS; s++) sum[t][0] = _mm256_add_ps(sum[t][0], sum[t][s]);                                  \
+      wide[t] = _mm256_fmadd_ps(sum[t][0], _mm256_set1_ps(*scales), wide[t]);                                          \
+    }
+#define WIDE_SUM(t) 256 * total(wide[t])
 #else
-#define BLOCK(TOKENS)
+#define WIDE_SUMS(TOKENS)
+#define WIDE_GROUP(TOKENS)
+#define WIDE_SUM(t) 0
 #endif
 ROW(1)
 ROW(2)
@@ -99,7 +127,7 @@ ROW(4)
 void product(const uint8_t *weight, const float *scales, const float *x, float *y, int64_t tokens, int64_t rows, int64_t inner,
              int64_t weight_stride, int64_t group_rows, int64_t group) {
   int64_t groups = (inner + group - 1) / group;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(guided)
   for (int64_t row = 0; row < rows; row++) {
     const uint8_t *codes = weight + row * weight_stride;
     const float *own = scales + row / group_rows * groups;
@@ -136,7 +164,7 @@ static inline __m256i to_bfloat16s(__m256 values) {
 void dequantize(const uint8_t *weight, const float *scales, void *out, int64_t bfloat16, int64_t rows, int64_t inner,
                 int64_t weight_stride, int64_t group_rows, int64_t group) {
   int64_t groups = (inner + group - 1) / group;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(guided)
   for (int64_t row = 0; row < rows; row++) {
     const uint8_t *codes = weight + row * weight_stride;
     const float *own = scales + row / group_rows * groups;
@@ -147,14 +175,18 @@ void dequantize(const uint8_t *weight, const float *scales, void *out, int64_t b
 #ifdef WIDE
       __m256 factor = _mm256_set1_ps(scale), up = _mm256_set1_ps(256);
       for (; i + WIDE <= end; i += WIDE) {
-        floats w = decode(codes + i);
-        __m256 low = _mm256_mul_ps(_mm256_mul_ps(w.low, up), factor), high = _mm256_mul_ps(_mm256_mul_ps(w.high, up), factor);
-        if (bfloat16) {
-          __m256i both = _mm256_packus_epi32(to_bfloat16s(low), to_bfloat16s(high));
-          _mm256_storeu_si256((__m256i *)(narrow + i), _mm256_permute4x64_epi64(both, 0xd8));
-        } else {
-          _mm256_storeu_ps(wide + i, low);
-          _mm256_storeu_ps(wide + i + 8, high);
+        __m256i raw = load(codes + i), bad = nans(raw);
+        if (!_mm256_testz_si256(bad, bad)) break;
+        floats w = decode(raw);
+        for (int p = 0; p < 4; p++) w.part[p] = _mm256_mul_ps(_mm256_mul_ps(w.part[p], up), factor);
+        for (int p = 0; p < 4; p += 2) {
+          if (bfloat16) {
+            __m256i both = _mm256_packus_epi32(to_bfloat16s(w.part[p]), to_bfloat16s(w.part[p + 1]));
+            _mm256_storeu_si256((__m256i *)(narrow + i + 8 * p), _mm256_permute4x64_epi64(both, 0xd8));
+          } else {
+            _mm256_storeu_ps(wide + i + 8 * p, w.part[p]);
+            _mm256_storeu_ps(wide + i + 8 * p + 8, w.part[p + 1]);
+          }
         }
       }
 #endif
@@ -171,30 +203,18 @@ void dequantize(const uint8_t *weight, const float *scales, void *out, int64_t b
 @functools.cache
 def _library(*flags: str) -> ctypes.CDLL | None:
     """The translated functions; `None`, said once, where there is no compiler or what it made cannot be loaded."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
-        problem = "no C compiler was found"
-    else:
-        with tempfile.TemporaryDirectory(prefix="modeling_deepseek_") as folder:
-            source, target = Path(folder) / "kernels.c", Path(folder) / "kernels.so"
-            source.write_text(SOURCE, encoding="utf-8")
-            for options in (["-march=native", "-fopenmp"], ["-fopenmp"], []):  # the last: one thread
-                command = [
-                    *compiler.split(),
-                    "-O3",
-                    "-fPIC",
-                    "-shared",
-                    *options,
-                    *flags,
-                    source.name,
-                    "-o",
-                    target.name,
-                ]
-                try:
-                    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
-                    return _declared(ctypes.CDLL(str(target)))
-                except (OSError, subprocess.SubprocessError) as error:
-                    problem = str(getattr(error, "stderr", None) or error).strip()
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, ("cc", "gcc", "clang")))[:1]
+    problem = "no C compiler was found"
+    for options in (["-march=native", "-fopenmp"], ["-fopenmp"], []) if compiler else ():  # the last: one thread
+        try:
+            with tempfile.TemporaryDirectory(prefix="modeling_deepseek_") as folder:
+                Path(folder, "kernels.c").write_text(SOURCE, encoding="utf-8")
+                files = ["kernels.c", "-o", "kernels.so"]
+                command = [*compiler, "-O3", "-fPIC", "-shared", *options, *flags, *files]
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
+                return _declared(ctypes.CDLL(str(Path(folder, "kernels.so"))))
+        except (OSError, subprocess.SubprocessError) as error:
+            problem = str(getattr(error, "stderr", None) or error).strip()
     logger.warning_once(
         f"Weights that are kept in FP8 are multiplied by PyTorch's own operations, for single tokens some ten times as slow as by "
         f"the C kernel, for which {problem}. Install a C compiler (or name it in CC)."

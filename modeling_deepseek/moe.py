@@ -26,6 +26,9 @@ FEW_TOKENS, MANY_TOKENS = 1, 512
 SMALL_WEIGHTS = 2**20  # of the chosen experts together: copying them costs less than asking for each
 
 
+ALL_EXPERTS_FUNCTIONS.register("auto", grouped_mm_experts_forward)  # for other classes that get a config of ours
+
+
 class _WithAuto(ExpertsInterface):
     """transformers' implementations by their names, and "auto"."""
 
@@ -43,14 +46,14 @@ def auto_experts_forward(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """The implementation that is fastest for so many tokens on this device; all give the same but for rounding."""
-    tokens, arguments = len(hidden_states), (hidden_states, top_k_index, top_k_weights)
-    if torch.is_grad_enabled():
+    tokens, arguments = hidden_states.shape[0], (hidden_states, top_k_index, top_k_weights)
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for any number of tokens
         return grouped_mm_experts_forward(experts, *arguments)
     if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU
         few = 3 * top_k_index.numel() <= experts.num_experts
         return (batched_mm_experts_forward if few else grouped_mm_experts_forward)(experts, *arguments)
     weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
-    if weights <= SMALL_WEIGHTS and not experts._is_expert_parallel:
+    if weights <= SMALL_WEIGHTS and not getattr(experts, "_is_expert_parallel", True):  # transformers 5.17 does not say
         return gathered_experts_forward(experts, *arguments)
     if torch.compiler.is_compiling() or FEW_TOKENS < tokens < MANY_TOKENS:
         return grouped_mm_experts_forward(experts, *arguments)
@@ -62,12 +65,12 @@ def gathered_experts_forward(
 ) -> torch.Tensor:
     """Two products over copies of the chosen weights."""
     tokens, top_k = top_k_index.shape
-    chosen = top_k_index.flatten()
-    gate_up = experts.gate_up_proj.index_select(0, chosen).view(tokens, -1, experts.hidden_dim)
-    hidden = experts._apply_gate(torch.bmm(gate_up, hidden_states.unsqueeze(-1)).view(tokens * top_k, -1))
+    width, hidden_dim, chosen = experts.intermediate_dim, experts.hidden_dim, top_k_index.flatten()
+    gate_up = experts.gate_up_proj.index_select(0, chosen).view(tokens, top_k * 2 * width, hidden_dim)
+    hidden = experts._apply_gate(torch.bmm(gate_up, hidden_states.unsqueeze(-1)).view(tokens * top_k, 2 * width))
     output = torch.bmm(experts.down_proj.index_select(0, chosen), hidden.unsqueeze(-1))
-    output = torch.bmm(top_k_weights.unsqueeze(1), output.view(tokens, top_k, -1).to(top_k_weights.dtype))
-    return output.squeeze(1).to(hidden_states.dtype)
+    output = output.view(tokens, top_k, hidden_dim).to(top_k_weights.dtype)
+    return torch.bmm(top_k_weights.unsqueeze(1), output).squeeze(1).to(hidden_states.dtype)
 
 
 def few_tokens_experts_forward(

@@ -413,6 +413,11 @@ def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
     return fits and weight.numel() >= at_least and cpu_kernels_available()
 
 
+def blocks_of(weight: torch.Tensor, block_size: tuple[int, int]) -> tuple[int, ...]:
+    """Of a weight `[m, n]`: `(ceil(m / rows), ceil(n / columns))`, the last ones partial."""
+    return tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=True))
+
+
 def dequantizing_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
 ) -> torch.Tensor | None:
@@ -424,6 +429,8 @@ def dequantizing_product(
     tokens = x.numel() // max(1, x.shape[-1])
     if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weight, C_MIN_WEIGHTS):
         return None
+    if x.shape[-1] != weight.shape[1] or tuple(scale.shape) != blocks_of(weight, block_size):
+        return None  # what is left to PyTorch says what is wrong
     rows = x.reshape(tokens, -1).float().contiguous()
     return cpu_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -431,6 +438,7 @@ def dequantizing_product(
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
     """Writes the dequantised weight to `out`, rounded once, if it is one for C; bit by bit what fp8.py's plain form gives."""
     fits = out.dtype in (torch.float32, torch.bfloat16) and out.is_contiguous() and type(out) is torch.Tensor
+    fits = fits and out.shape == weight.shape and tuple(scale.shape) == blocks_of(weight, block_size)
     if not fits or not has_c_form(weight, 1 if cpu_kernels_loaded() else C_MIN_WEIGHTS):
         return False
     cpu_dequantize(weight, scale.float().contiguous(), block_size, out)

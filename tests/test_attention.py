@@ -515,3 +515,12 @@ def test_absorbed_attention_under_static_length_ignores_what_lies_behind():
     mask = F.pad(torch.ones(6, 6, dtype=torch.bool).tril(), (0, 5))[None, None]
     result = attention(x, positions(attention, x), mask, SimpleNamespace(update=padded))[0]
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("asked", [{}, {"is_causal": False}], ids=str)
+def test_a_prefill_without_gradients_is_the_one_with_them(asked):
+    model = tiny_model("v3", attn_implementation="sdpa")
+    tokens = tiny_tokens(model.config, 2, 19)
+    with_gradients = model(tokens, use_cache=False, **asked).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, use_cache=False, **asked).logits, with_gradients, rtol=0, atol=1e-4)

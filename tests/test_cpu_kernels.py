@@ -113,3 +113,23 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
     monkeypatch.setattr(ops, "FP8_PRODUCT", "c")
     with pytest.raises(ValueError, match="C compiler"):
         fp8_linear(x, weight, scale, (16, 16))
+
+
+def test_what_does_not_fit_is_refused_before_memory_is_read(kernels):
+    weight, scale = quantize(torch.randn(64, 64), (16, 16))
+    for width in (1, 32, 65):
+        with pytest.raises(RuntimeError, match="shapes"):
+            fp8_linear(torch.randn(1, width), weight, scale, (16, 16))
+    with pytest.raises(ValueError, match="blocks"):
+        fp8_linear(torch.randn(1, 64), weight, scale[:2], (16, 16))
+
+
+def test_without_a_place_for_temporary_files_it_goes_on(monkeypatch):
+    def full(**_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cpu_kernels.tempfile, "TemporaryDirectory", full)
+    warned = []
+    monkeypatch.setattr(cpu_kernels.logger, "warning_once", warned.append)
+    assert cpu_kernels._library.__wrapped__() is None
+    assert "space left" in warned[0] or "no C compiler" in warned[0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
 from modeling_deepseek import DeepseekV3Config, moe
 from modeling_deepseek.moe import (
@@ -278,3 +279,36 @@ def test_one_layer_of_v3_in_its_size_takes_one_token():
     gate, up = F.linear(x, one[0][0]).chunk(2, dim=-1)
     expected = F.linear(F.silu(gate) * up, one[1][0]) * gates.sum()
     torch.testing.assert_close(experts(x, torch.arange(8)[None] * 31, gates), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_tokens_are_no_tokens():
+    assert built(DeepseekMoE, "v3", "auto")(torch.randn(1, 0, 48)).shape == (1, 0, 48)
+
+
+@torch.no_grad()
+def test_where_nobody_says_whether_experts_are_elsewhere_none_is_looked_up(monkeypatch):
+    """transformers 5.17 marks tokens of other ranks without telling the module."""
+    experts, x = built(DeepseekExperts, "v3", "auto"), torch.randn(1, 48)
+    monkeypatch.delattr(experts, "_is_expert_parallel", raising=False)
+    chosen, gates = torch.tensor([[0, EXPERTS, 3]]), torch.rand(1, 3)
+    expected = loop_over_tokens(experts, x, chosen, gates)
+    torch.testing.assert_close(experts(x, chosen, gates), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_export_is_for_any_number_of_tokens():
+    experts = built(DeepseekExperts, "v3", "auto")
+    tokens = {0: torch.export.Dim("tokens", min=2, max=4096)}
+    exported = torch.export.export(experts, (torch.randn(6, 48), *routing(6)), dynamic_shapes=(tokens,) * 3)
+    x, (chosen, gates) = torch.randn(700, 48), routing(700)
+    torch.testing.assert_close(exported.module()(x, chosen, gates), experts(x, chosen, gates), rtol=1e-4, atol=1e-5)
+
+
+def test_native_classes_take_a_config_of_ours():
+    model = tiny_model("v3")
+    native = NativeV3(model.config)
+    native.load_state_dict(model.state_dict(), strict=False)
+    tokens = tiny_tokens(model.config)
+    with torch.no_grad():
+        torch.testing.assert_close(native(tokens).logits, model(tokens).logits, rtol=0, atol=1e-4)

@@ -22,7 +22,8 @@ from .quantized import as_tensor, is_quantized
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
-ABSORBED_MAX_QUERIES = 128  # measured on CPU: absorbed wins up to 128 new tokens and loses from 256
+ABSORBED_MAX_QUERIES = 128  # on a GPU, not measured there
+ABSORBED_RATE = 1.2  # measured on a CPU: multiply-adds per second in latent space, by those of the expanded form
 PADDED_MIN_QUERIES = (
     1024  # measured on CPU: from here on PyTorch's attention kernel is faster, padding of the values included
 )
@@ -166,7 +167,7 @@ class DeepseekLatentAttention(DeepseekAttention):
             output, weights = self.attend_absorbed(*self.queries(q_latent, cos, sin), latent, k_rope, attention_mask)
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
-            if self.blocks_queries(hidden_states, attention_mask):
+            if self.blocks_queries(hidden_states, attention_mask, **kwargs):
                 query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
                 key, value = self.expand(latent, k_rope, wide=not has_fast_gemm("cpu", query.dtype))
                 output = blocked_causal_attention(query, key, value, self.scaling, attention_mask)
@@ -214,11 +215,16 @@ class DeepseekLatentAttention(DeepseekAttention):
             and (query.shape[2] >= PADDED_MIN_QUERIES or (self.training and self.recompute is not None))
         )
 
-    def blocks_queries(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    def blocks_queries(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, is_causal: bool = True, **kwargs
+    ) -> bool:
         """Whether a prefill of `hidden_states` `[B, S, d]` goes by blocks: on CPUs, where PyTorch's kernel is slower."""
         return (
             hidden_states.device.type == "cpu"
             and hidden_states.shape[1] > 1
+            and self.is_causal
+            and is_causal is not False
+            and kwargs.get("position_bias") is None
             and not torch.is_grad_enabled()
             and not (self.training and self.attention_dropout)
             and not torch.compiler.is_compiling()
@@ -239,12 +245,17 @@ class DeepseekLatentAttention(DeepseekAttention):
         mode = self.config.mla_mode
         if mode != "auto":
             return mode == "absorbed"
-        if not has_cache or self.training or queries > ABSORBED_MAX_QUERIES:
+        if not has_cache or self.training:
+            return False
+        on_cpu = self.kv_a_layernorm.weight.device.type == "cpu"
+        if queries > ABSORBED_MAX_QUERIES and not on_cpu:
             return False
         rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
         up = rank * (self.qk_nope_head_dim + self.v_head_dim)
         absorbed = queries * (keys * (2 * rank + rope) + up)
         expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
+        if on_cpu:
+            expanded *= ABSORBED_RATE
         return absorbed + rank * up < expanded or (absorbed < expanded and self._plain_kv_b())
 
     def expand(

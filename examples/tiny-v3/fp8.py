@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .ops import block_scaled_product, dequantize_in_c, dequantizing_product, has_fast_gemm, multiplies_fp8
+from .ops import block_scaled_product, blocks_of, dequantize_in_c, dequantizing_product, has_fast_gemm, multiplies_fp8
 from .scratch import scratch
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
@@ -33,7 +33,7 @@ def dequantize(
     Raises:
         ValueError: when the scales are not one per block.
     """
-    blocks = tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=True))
+    blocks = blocks_of(weight, block_size)
     if tuple(scale.shape) != blocks:
         raise ValueError(
             f"Scales {tuple(scale.shape)}, but a weight {tuple(weight.shape)} has {blocks} blocks of {tuple(block_size)}: "
@@ -324,7 +324,11 @@ class FP8Experts(_KeepsFP8, nn.Module):
             rows, place = (top_k_index == expert).nonzero(as_tuple=True)
             product = {name: (*pair, self.block_size, self.ue8m0) for name, pair in self.weights_of(expert).items()}
             x = hidden_states[rows]
-            gate_up = torch.cat([fp8_linear(x, *product[name]) for name in ("gate_proj", "up_proj")], dim=-1)
+            if self.intermediate_dim % self.block_size[0]:
+                gate_up = torch.cat([fp8_linear(x, *product[name]) for name in ("gate_proj", "up_proj")], dim=-1)
+            else:  # their blocks lie behind each other as if they were those of one weight
+                scale = self.gate_up_proj_scale_inv[expert].flatten(0, 1)
+                gate_up = fp8_linear(x, self.gate_up_proj[expert], scale, self.block_size, self.ue8m0)
             gate, up = self._with_adapters(gate_up, "gate_up_proj", x, expert).chunk(2, dim=-1)
             hidden = self.act_fn(gate) * up
             found = self._with_adapters(fp8_linear(hidden, *product["down_proj"]), "down_proj", hidden, expert)

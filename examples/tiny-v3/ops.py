@@ -27,6 +27,7 @@ C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matr
 MLA_DECODE = "auto"  # or "kernel", "torch": how new tokens meet the latents of a cache; set it to choose
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
+KEY_BLOCK = 2048  # latents at a time, where there are more
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -106,6 +107,49 @@ def _split(x: torch.Tensor, dim: int, size: int) -> tuple[torch.Tensor, ...]:
     return (x,) if x.shape[dim] <= size else x.split(size, dim=dim)
 
 
+def absorbed_attention_in_blocks(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The outputs of [`absorbed_attention`], for long caches on a CPU: a block of latents meets both products while it is near.
+
+    Every block has a softmax of its own, and their sums are weighed in the end. Scores lie as `[tokens, heads]`, which the matrix
+    products of a CPU prefer. Not for gradients.
+    """
+    batch, heads, length, _ = q_nope.shape
+    dtype = q_nope.dtype
+    compute = dtype if has_fast_gemm(latent.device.type, dtype) else torch.float32
+    sums = torch.promote_types(compute, torch.float32)
+    q_latent = _per_head(_cast(q_nope, compute), _cast(w_uk, compute))
+    q_latent, q_rope = (
+        (x * scaling).reshape(batch, heads * length, -1).transpose(1, 2).contiguous()
+        for x in (q_latent, _cast(q_rope, compute))
+    )
+    found = []
+    for start in range(0, latent.shape[1], KEY_BLOCK):
+        latents, keys = (_cast(x[:, start : start + KEY_BLOCK], compute) for x in (latent, k_rope))
+        scores = _cast(torch.baddbmm(torch.bmm(keys, q_rope), latents, q_latent), sums)
+        if mask is not None:
+            seen = mask[..., start : start + KEY_BLOCK].permute(0, 3, 1, 2)
+            scores = _masked(scores.view(batch, -1, heads, length), seen).flatten(2)
+        largest = scores.amax(1, keepdim=True)
+        weights = scores.sub_(largest).exp_()
+        context = torch.bmm(_cast(weights, compute).transpose(1, 2), latents)
+        found.append((largest[:, 0], weights.sum(1), _cast(context, sums)))
+    largest, totals, contexts = (torch.stack(each, dim=-1) for each in zip(*found, strict=True))
+    shares = (largest - largest.amax(-1, keepdim=True)).exp()
+    shares = shares / (totals * shares).sum(-1, keepdim=True)
+    context = _cast(torch.matmul(contexts, shares.unsqueeze(-1)).squeeze(-1), compute)
+    context = context.view(batch, heads, length, -1)
+    return _cast(_per_head(context, _cast(w_uv, compute).transpose(1, 2)), dtype)
+
+
 def blocked_causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -159,6 +203,9 @@ def attend_latents(
     """
     tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
     if weights or dropout or not decodes_in_kernel(tensors, mask):
+        long = latent.device.type == "cpu" and latent.shape[1] > KEY_BLOCK and not torch.compiler.is_compiling()
+        if long and not (weights or dropout or torch.is_grad_enabled()):
+            return absorbed_attention_in_blocks(*tensors, scaling, mask), None
         return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
     context = mla_decode(_per_head(q_nope, w_uk), q_rope, latent, k_rope, scaling, mask)
     return _per_head(context, w_uv.transpose(1, 2)), None
@@ -366,6 +413,11 @@ def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
     return fits and weight.numel() >= at_least and cpu_kernels_available()
 
 
+def blocks_of(weight: torch.Tensor, block_size: tuple[int, int]) -> tuple[int, ...]:
+    """Of a weight `[m, n]`: `(ceil(m / rows), ceil(n / columns))`, the last ones partial."""
+    return tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=True))
+
+
 def dequantizing_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
 ) -> torch.Tensor | None:
@@ -377,6 +429,8 @@ def dequantizing_product(
     tokens = x.numel() // max(1, x.shape[-1])
     if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weight, C_MIN_WEIGHTS):
         return None
+    if x.shape[-1] != weight.shape[1] or tuple(scale.shape) != blocks_of(weight, block_size):
+        return None  # what is left to PyTorch says what is wrong
     rows = x.reshape(tokens, -1).float().contiguous()
     return cpu_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -384,6 +438,7 @@ def dequantizing_product(
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
     """Writes the dequantised weight to `out`, rounded once, if it is one for C; bit by bit what fp8.py's plain form gives."""
     fits = out.dtype in (torch.float32, torch.bfloat16) and out.is_contiguous() and type(out) is torch.Tensor
+    fits = fits and out.shape == weight.shape and tuple(scale.shape) == blocks_of(weight, block_size)
     if not fits or not has_c_form(weight, 1 if cpu_kernels_loaded() else C_MIN_WEIGHTS):
         return False
     cpu_dequantize(weight, scale.float().contiguous(), block_size, out)

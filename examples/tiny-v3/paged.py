@@ -150,7 +150,9 @@ def attend_rows(module: DeepseekLatentAttention, q_latent, latent, k_rope, cos, 
         mask = dense_mask(mask, batch, queries, keys, latent.device)
     else:
         interface = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    output, _ = interface(module, *module.expand_all(q_latent, latent, k_rope, cos, sin), mask, scaling=module.scaling)
+    output, _ = interface(
+        module, *module.expand_all(q_latent, latent, k_rope, cos, sin, mask is not None), mask, scaling=module.scaling
+    )
     return output[..., : module.v_head_dim].flatten(2)
 
 
