@@ -1,7 +1,7 @@
 """Products with block-FP8 weights on a CPU, in C that the machine's own compiler translates when first asked; for `ops` alone.
 
 PyTorch has no such product, and its operations pass over a weight some six times where one pass will do. Without a compiler the
-module still imports, and `available()` is False.
+module still imports, and `kernels_available()` is False.
 """
 
 import ctypes
@@ -230,17 +230,19 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
-def available() -> bool:
+def kernels_available() -> bool:
     """Whether there are kernels; the first to ask waits about a second for the compiler."""
     return _library() is not None
 
 
-def loaded() -> bool:
+def kernels_loaded() -> bool:
     """Whether somebody has asked before."""
     return _library.cache_info().currsize > 0
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
+def fp8_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
+) -> torch.Tensor:
     """`x` `[n, in]` times `weight` `[out, in]` in E4M3 with block scales: `[n, out]`, all in fp32 and contiguous but for rows."""
     output = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     pointers = [tensor.data_ptr() for tensor in (weight, scale, x, output)]
@@ -248,7 +250,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_si
     return output
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> None:
+def fp8_dequantize(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> None:
     """Writes `weight` `[m, n]` in E4M3 times its block scales in fp32 to the contiguous `out`, in fp32 or bf16."""
     pointers = [tensor.data_ptr() for tensor in (weight, scale, out)]
     _library().dequantize(*pointers, out.dtype == torch.bfloat16, *weight.shape, weight.stride(0), *block_size)

@@ -5,10 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from .cpu_kernels import available as cpu_kernels_available
-from .cpu_kernels import dequantize as cpu_dequantize
-from .cpu_kernels import loaded as cpu_kernels_loaded
-from .cpu_kernels import product as cpu_product
+from .cpu_kernels import fp8_dequantize, fp8_product, kernels_available, kernels_loaded
 from .quantized import QuantizedStates, is_quantized, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
@@ -407,10 +404,10 @@ def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
         return False
     fits = weight.dtype == torch.float8_e4m3fn and weight.device.type == "cpu" and weight.stride(-1) == 1
     if FP8_PRODUCT == "c":
-        if not cpu_kernels_available():
+        if not kernels_available():
             raise ValueError("FP8_PRODUCT = 'c' wants a C compiler: install one, or leave it at 'auto'.")
         return fits
-    return fits and weight.numel() >= at_least and cpu_kernels_available()
+    return fits and weight.numel() >= at_least and kernels_available()
 
 
 def blocks_of(weight: torch.Tensor, block_size: tuple[int, int]) -> tuple[int, ...]:
@@ -432,16 +429,16 @@ def dequantizing_product(
     if x.shape[-1] != weight.shape[1] or tuple(scale.shape) != blocks_of(weight, block_size):
         return None  # what is left to PyTorch says what is wrong
     rows = x.reshape(tokens, -1).float().contiguous()
-    return cpu_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
+    return fp8_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
     """Writes the dequantised weight to `out`, rounded once, if it is one for C; bit by bit what fp8.py's plain form gives."""
     fits = out.dtype in (torch.float32, torch.bfloat16) and out.is_contiguous() and type(out) is torch.Tensor
     fits = fits and out.shape == weight.shape and tuple(scale.shape) == blocks_of(weight, block_size)
-    if not fits or not has_c_form(weight, 1 if cpu_kernels_loaded() else C_MIN_WEIGHTS):
+    if not fits or not has_c_form(weight, 1 if kernels_loaded() else C_MIN_WEIGHTS):
         return False
-    cpu_dequantize(weight, scale.float().contiguous(), block_size, out)
+    fp8_dequantize(weight, scale.float().contiguous(), block_size, out)
     return True
 
 

@@ -1,7 +1,6 @@
 """The C kernels against PyTorch's own operations, and what happens where there is no compiler."""
 
 import functools
-import shutil
 
 import pytest
 import torch
@@ -15,13 +14,11 @@ CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 @pytest.fixture(params=["as the machine has it", "portable"])
 def kernels(request, monkeypatch):
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        pytest.skip("this machine has no C compiler")
     if request.param == "portable":
         library = cpu_kernels._library("-UWIDE", "-U__AVX2__")
         monkeypatch.setattr(cpu_kernels, "_library", functools.cache(lambda: library))
     monkeypatch.setattr(ops, "FP8_PRODUCT", "c")
-    assert cpu_kernels.available()
+    assert cpu_kernels.kernels_available()
     return request.param
 
 
@@ -58,7 +55,7 @@ def test_product_is_that_of_the_dequantised_weight(kernels, monkeypatch, tokens,
     torch.manual_seed(tokens)
     weight, scale = quantize(torch.randn(rows, columns), block)
     x = torch.randn(tokens, columns)
-    product = cpu_kernels.product(x, weight, scale, block)
+    product = cpu_kernels.fp8_product(x, weight, scale, block)
     expected = x.double() @ plain(monkeypatch, lambda: dequantize(weight, scale, block)).double().T
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
     kept = ops.dequantizing_product(x, weight, scale, block)
@@ -132,4 +129,4 @@ def test_without_a_place_for_temporary_files_it_goes_on(monkeypatch):
     warned = []
     monkeypatch.setattr(cpu_kernels.logger, "warning_once", warned.append)
     assert cpu_kernels._library.__wrapped__() is None
-    assert "space left" in warned[0] or "no C compiler" in warned[0]
+    assert "space left" in warned[0]
