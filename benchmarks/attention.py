@@ -12,6 +12,7 @@ projections not. Geometry of DeepSeek-V2 / V3: latent 512 + 64, heads of 128 + 6
 import argparse
 
 import torch
+from decode import V2_LITE
 from timing import better, head, machine, ratios, row, spread, take_turns
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2 import DeepseekV2Config as NativeConfig
@@ -22,17 +23,6 @@ from modeling_deepseek import DeepseekV2Config
 from modeling_deepseek.attention import DeepseekLatentAttention
 from modeling_deepseek.ops import blocked_causal_attention, has_fast_gemm
 
-SHAPE = dict(
-    hidden_size=2048,
-    num_hidden_layers=1,
-    q_lora_rank=None,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    bos_token_id=0,
-    eos_token_id=1,
-)
 NATIVE = ("native sdpa", "native eager")
 
 
@@ -41,7 +31,7 @@ class Case:
 
     def __init__(self, heads: int, new: int, context: int, dtype: torch.dtype):
         torch.manual_seed(0)
-        shape = SHAPE | dict(num_attention_heads=heads, num_key_value_heads=heads)
+        shape = V2_LITE | dict(num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=heads)
         self.new, self.context, self.prefix = new, context, new < context
         self.ours = DeepseekLatentAttention(DeepseekV2Config(attn_implementation="sdpa", **shape), 0).to(dtype).eval()
         self.native = NativeAttention(NativeConfig(**shape), 0).to(dtype).eval()

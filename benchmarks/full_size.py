@@ -12,28 +12,12 @@ import time
 from pathlib import Path
 
 import torch
+from decode import V2_LITE
 from fp8 import make_checkpoint
 from timing import machine, spread
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_deepseek import DeepseekV2Config, DeepseekV2ForCausalLM
-
-V2_LITE = dict(
-    vocab_size=102400,
-    hidden_size=2048,
-    intermediate_size=10944,
-    moe_intermediate_size=1408,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    first_k_dense_replace=1,
-    q_lora_rank=None,
-    bos_token_id=0,
-    eos_token_id=1,
-)
 
 
 class Clock(BaseStreamer):
@@ -85,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not args.folder.exists():
-        make_checkpoint(args.folder, DeepseekV2Config(**V2_LITE))
+        make_checkpoint(args.folder, DeepseekV2Config(**V2_LITE | dict(vocab_size=102400, num_hidden_layers=27)))
     rate = read_rate()
     print(f"{machine(args.threads)}, reads {rate / 1e9:.1f} GB/s")
     start = time.perf_counter()
