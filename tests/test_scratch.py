@@ -14,9 +14,16 @@ def test_the_next_call_gets_the_same_memory():
 
 
 def test_a_larger_one_replaces_it_and_leaves_what_others_hold():
-    held = scratch((4,), torch.int16).fill_(7)
-    scratch((100_000,), torch.int16).fill_(1)
-    assert held.tolist() == [7, 7, 7, 7]
+    found = []
+
+    def in_a_new_thread():  # which holds none yet
+        found.append(scratch((4,), torch.int16).fill_(7))
+        scratch((100,), torch.int16).fill_(1)
+
+    thread = threading.Thread(target=in_a_new_thread)
+    thread.start()
+    thread.join()
+    assert found[0].tolist() == [7, 7, 7, 7]
 
 
 def test_dtypes_and_threads_have_their_own():
