@@ -123,18 +123,21 @@ ROW(2)
 ROW(3)
 ROW(4)
 
-/* y [tokens, rows] = x [tokens, inner] times the weight [rows, inner]; scales [ceil(rows / group_rows), ceil(inner / group)]. */
-void product(const uint8_t *weight, const float *scales, const float *x, float *y, int64_t tokens, int64_t rows, int64_t inner,
-             int64_t weight_stride, int64_t group_rows, int64_t group) {
-  int64_t groups = (inner + group - 1) / group;
+/* Weights [*, rows, inner] with scales [*, ceil(rows / group_rows), ceil(inner / group)]; x [n, inner], y [n, rows]: the tokens
+   from starts[i] to starts[i + 1] meet the weight chosen[i]. */
+void products(const uint8_t *weights, const float *scales, const float *x, float *y, const int64_t *chosen,
+              const int64_t *starts, int64_t number, int64_t rows, int64_t inner, int64_t stride, int64_t row_stride,
+              int64_t group_rows, int64_t group) {
+  int64_t groups = (inner + group - 1) / group, row_groups = (rows + group_rows - 1) / group_rows;
 #pragma omp parallel for schedule(guided)
-  for (int64_t row = 0; row < rows; row++) {
-    const uint8_t *codes = weight + row * weight_stride;
-    const float *own = scales + row / group_rows * groups;
-    for (int64_t t = 0; t < tokens;) {
+  for (int64_t each = 0; each < number * rows; each++) {
+    int64_t i = each / rows, row = each % rows;
+    const uint8_t *codes = weights + chosen[i] * stride + row * row_stride;
+    const float *own = scales + (chosen[i] * row_groups + row / group_rows) * groups;
+    for (int64_t t = starts[i]; t < starts[i + 1];) {
       const float *from = x + t * inner;
       float *to = y + t * rows + row;
-      switch (tokens - t) {
+      switch (starts[i + 1] - t) {
         case 1: row_1(codes, own, from, to, inner, group, rows); t += 1; break;
         case 2: row_2(codes, own, from, to, inner, group, rows); t += 2; break;
         case 3: row_3(codes, own, from, to, inner, group, rows); t += 3; break;
@@ -224,9 +227,9 @@ def _library(*flags: str) -> ctypes.CDLL | None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.product.argtypes = [pointer] * 4 + [number] * 6
+    library.products.argtypes = [pointer] * 6 + [number] * 7
     library.dequantize.argtypes = [pointer] * 3 + [number] * 6
-    library.product.restype = library.dequantize.restype = None
+    library.products.restype = library.dequantize.restype = None
     return library
 
 
@@ -244,9 +247,22 @@ def fp8_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
 ) -> torch.Tensor:
     """`x` `[n, in]` times `weight` `[out, in]` in E4M3 with block scales: `[n, out]`, all in fp32 and contiguous but for rows."""
-    output = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    pointers = [tensor.data_ptr() for tensor in (weight, scale, x, output)]
-    _library().product(*pointers, len(x), *weight.shape, weight.stride(0), *block_size)
+    return fp8_products(x, weight.unsqueeze(0), scale.unsqueeze(0), [0], [0, len(x)], block_size)
+
+
+def fp8_products(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    chosen: list[int],
+    starts: list[int],
+    block_size: tuple[int, int],
+) -> torch.Tensor:
+    """[`fp8_product`] with `weights` `[E, out, in]`: rows `starts[i]` to `starts[i + 1]` of `x` meet `weights[chosen[i]]`."""
+    output = torch.empty(x.shape[0], weights.shape[1], dtype=torch.float32)
+    pointers = [tensor.data_ptr() for tensor in (weights, scales, x, output)]
+    integers = [(ctypes.c_int64 * len(each))(*each) for each in (chosen, starts)]
+    _library().products(*pointers, *integers, len(chosen), *weights.shape[1:], *weights.stride()[:2], *block_size)
     return output
 
 

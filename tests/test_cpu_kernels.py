@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_deepseek import cpu_kernels, ops
-from modeling_deepseek.fp8 import FP8Linear, dequantize, fp8_linear, quantize
+from modeling_deepseek import cpu_kernels, fp8, ops
+from modeling_deepseek.fp8 import FP8Experts, FP8Linear, dequantize, fp8_linear, quantize
 
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
@@ -60,6 +60,48 @@ def test_product_is_that_of_the_dequantised_weight(kernels, monkeypatch, tokens,
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
     kept = ops.dequantizing_product(x, weight, scale, block)
     assert (kept is None) == (tokens > ops.C_MAX_TOKENS)
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1, 1, 1, 1], [3, 8, 1], [0, 5, 0, 2]])
+def test_products_with_several_weights_are_those_with_each(kernels, counts):
+    torch.manual_seed(0)
+    held = [quantize(torch.randn(130, 300)) for _ in range(7)]
+    weights, scales = (torch.stack(each) for each in zip(*held, strict=True))
+    chosen, starts = [6, 0, 2, 3, 5, 4][: len(counts)], [sum(counts[:i]) for i in range(len(counts) + 1)]
+    x = torch.randn(sum(counts), 300)
+    products = ops.dequantizing_products(x, weights, scales, chosen, starts, (128, 128))
+    for expert, start, count in zip(chosen, starts, counts, strict=False):
+        own = slice(start, start + count)
+        expected = cpu_kernels.fp8_product(x[own], *held[expert], (128, 128))
+        torch.testing.assert_close(products[own], expected, rtol=0, atol=0)
+    assert ops.dequantizing_products(x, weights, scales, [7] * len(counts), starts, (128, 128)) is None
+    assert ops.dequantizing_products(x[:, 1:], weights, scales, chosen, starts, (128, 128)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+def test_kept_experts_of_a_step_go_together(kernels, monkeypatch, dtype, tokens):
+    """V2-Lite's experts, 11 blocks of 128 rows for gate and for up: as one expert after another gives it."""
+    torch.manual_seed(tokens)
+    number, top_k, hidden, width = 4, 3, 256, 1408
+    names = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    held = {name: [quantize(torch.randn(shape) / 20) for _ in range(number)] for name, shape in names.items()}
+    weights = {name: torch.stack([weight for weight, _ in each]) for name, each in held.items()}
+    weights |= {name + "_scale_inv": torch.stack([scale for _, scale in each]) for name, each in held.items()}
+    weights["gate_up_proj_scale_inv"] = weights["gate_up_proj_scale_inv"].view(number, 2, 11, 2)
+    experts = FP8Experts(weights, (128, 128), "silu")
+    x, gates = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, top_k)
+    chosen = torch.rand(tokens, number + 1).topk(top_k).indices  # number: served elsewhere
+    asked = []
+    original = ops.dequantizing_products
+    monkeypatch.setattr(fp8, "dequantizing_products", lambda *args: asked.append(original(*args)) or asked[-1])
+    with torch.no_grad():
+        together = experts(x, chosen, gates)
+        assert [answer is None for answer in asked] == ([True] if tokens == 40 else [False, False])
+        monkeypatch.setattr(FP8Experts, "_together", lambda *_: None)
+        tolerance = 0 if dtype == torch.float32 else 2e-2  # sums of three in bf16
+        torch.testing.assert_close(together, experts(x, chosen, gates), rtol=tolerance, atol=tolerance)
+        assert not experts(x, torch.full_like(chosen, number), gates).any()
 
 
 def test_reads_rows_that_lie_apart(kernels):

@@ -1,5 +1,6 @@
 """Block-FP8 weights (V3, R1, V3.1): the rule, the product, and the modules that keep them."""
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -9,7 +10,15 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .ops import block_scaled_product, blocks_of, dequantize_in_c, dequantizing_product, has_fast_gemm, multiplies_fp8
+from .ops import (
+    block_scaled_product,
+    blocks_of,
+    dequantize_in_c,
+    dequantizing_product,
+    dequantizing_products,
+    has_fast_gemm,
+    multiplies_fp8,
+)
 from .scratch import scratch
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
@@ -307,6 +316,32 @@ class FP8Experts(_KeepsFP8, nn.Module):
             product = product + (F.linear(F.linear(x.to(a.dtype), a[expert]), b[expert]) * scale).to(product.dtype)
         return product
 
+    def _together(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What `forward` gives, by one product for all experts before the activation and one behind it; `None` if it cannot be."""
+        if self.low_rank or torch.is_grad_enabled() or self.intermediate_dim % self.block_size[0]:
+            return None
+        if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or not len(hidden_states):
+            return None
+        experts, order = top_k_index.flatten().sort(stable=True)
+        chosen, counts = (each.tolist() for each in experts.unique_consecutive(return_counts=True))
+        if chosen[-1] == self.num_experts:  # served elsewhere
+            chosen, counts = chosen[:-1], counts[:-1]
+        starts = [0, *itertools.accumulate(counts)]
+        order = order[: starts[-1]]
+        tokens, groups = order // top_k_index.shape[-1], (chosen, starts, self.block_size)
+        scales = self.gate_up_proj_scale_inv.flatten(1, 2)  # blocks of gate and up lie behind each other
+        gate_up = dequantizing_products(hidden_states[tokens], self.gate_up_proj, scales, *groups)
+        if gate_up is None:
+            return None
+        gate, up = gate_up.chunk(2, dim=-1)
+        found = dequantizing_products(self.act_fn(gate) * up, self.down_proj, self.down_proj_scale_inv, *groups)
+        if found is None:
+            return None
+        found = found * top_k_weights.flatten()[order].unsqueeze(-1)
+        return torch.zeros_like(hidden_states).index_add_(0, tokens, found.to(hidden_states.dtype))
+
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -316,6 +351,9 @@ class FP8Experts(_KeepsFP8, nn.Module):
                 "A parametrization was put on experts that are kept in FP8, which it cannot add to: load with "
                 "fp8_weights='dequantize', or leave the experts out. LoRA works on them, injected into the model as a whole."
             )
+        together = self._together(hidden_states, top_k_index, top_k_weights)
+        if together is not None:
+            return together
         output = torch.zeros_like(hidden_states)
         chosen = [
             expert for expert in top_k_index.unique().tolist() if expert != self.num_experts

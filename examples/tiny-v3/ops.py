@@ -1,11 +1,12 @@
 """The hot operations, each as a plain reference and as the form that is used."""
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
 
-from .cpu_kernels import fp8_dequantize, fp8_product, kernels_available, kernels_loaded
+from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded
 from .quantized import QuantizedStates, is_quantized, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
@@ -430,6 +431,31 @@ def dequantizing_product(
         return None  # what is left to PyTorch says what is wrong
     rows = x.reshape(tokens, -1).float().contiguous()
     return fp8_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def dequantizing_products(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    chosen: list[int],
+    starts: list[int],
+    block_size: tuple[int, int],
+) -> torch.Tensor | None:
+    """[`dequantizing_product`] with several of the weights `[E, m, n]`, which `[E, ...]` scales belong to, in one call.
+
+    Rows `starts[i]` to `starts[i + 1]` of `x` `[N, n]` meet `weights[chosen[i]]` -> `[N, m]`. `None` as there, and where one
+    weight meets many tokens.
+    """
+    most = max((end - start for start, end in itertools.pairwise(starts)), default=0)
+    if not 0 < most <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weights, C_MIN_WEIGHTS):
+        return None
+    expected = (len(weights), *blocks_of(weights[0], block_size))
+    if x.shape[-1] != weights.shape[2] or tuple(scales.shape) != expected:
+        return None
+    if not set(chosen) <= set(range(len(weights))):
+        return None
+    rows, scales = x.float().contiguous(), scales.float().contiguous()
+    return fp8_products(rows, weights, scales, chosen, starts, block_size).to(x.dtype)
 
 
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:
