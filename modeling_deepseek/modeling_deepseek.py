@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -24,14 +22,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .balance import Routing, new_routing, share_of_step, targets_of
+from .balance import Routing
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
-from .loss import causal_lm_loss, loss_of_states, shifted
 from .masking import packed_causal_mask
-from .mtp import DeepseekMTPLayer, mtp_targets
+from .mtp import DeepseekMTPLayer
+from .objective import TrainingObjectiveMixin
 from .paged import ContinuousBatchingMixin, PagedLatents
 from .pretrained import DeepseekPreTrainedModel, DeepseekV2PreTrainedModel, DeepseekV3PreTrainedModel
 from .rope import DeepseekRotaryEmbedding
@@ -197,7 +195,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             )
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPGenerationMixin):
+class DeepseekForCausalLM(TrainingObjectiveMixin, DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPGenerationMixin):
     """The decoder with its language-model head, and the MTP loss of its extra layers in training."""
 
     _model_class = DeepseekModel
@@ -249,12 +247,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPG
                 "they would not see: pass the whole text without a cache, or drop output_mtp_logits (in training: set "
                 "config.mtp_loss_weight = 0)."
             )
-        factors, routing = self.config.balance_factors, None
-        if self.training:
-            drops = self.config.n_routed_experts and self.config.moe_capacity_factor and past_key_values is None
-            if any(factors) or drops:  # with a cache it is a rollout in training mode, as TRL makes them
-                like = input_ids if inputs_embeds is None else inputs_embeds
-                routing = new_routing(self.config, like, attention_mask, position_ids)
+        like = input_ids if inputs_embeds is None else inputs_embeds
+        routing = self.shared_routing(like, attention_mask, position_ids, past_key_values)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -267,40 +261,24 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPG
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        kept = kept_states(hidden_states, logits_to_keep)
         in_pieces = self.training and labels is not None and not self.config.training_logits
-        logits = None if in_pieces else self.lm_head(kept_states(hidden_states, logits_to_keep))
+        logits = None if in_pieces else self.lm_head(kept)
 
         loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
-        if in_pieces:
-            kept = kept_states(hidden_states, logits_to_keep)
-            loss = lm_loss = self._loss_in_pieces(kept, labels, **kwargs)
-        elif labels is not None:
-            loss = lm_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        if labels is not None:
+            loss = lm_loss = self.lm_loss(kept, logits, labels, **kwargs)
         if mtp:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids, routing=routing)
             if output_mtp_logits:
                 mtp_logits = tuple(map(self.lm_head, depths))
             if labels is not None:
-                mtp_loss = self._mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
+                mtp_loss = self.mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
             if weight:
                 loss = lm_loss + weight / self.config.num_nextn_predict_layers * sum(mtp_loss)
         if routing is not None:
-            if any(factors):
-                groups = (self.config.n_group or 1, self.config.topk_group or self.config.n_group or 1)
-                targets = None if labels is None else targets_of(labels, **kwargs)
-                parts = routing.losses(self.config.seq_aux, *groups, targets)
-                aux_loss = (parts * parts.new_tensor(factors)).sum()
-            routing.close()
-            if aux_loss is not None and loss is not None:
-                if loss.requires_grad and not aux_loss.requires_grad:
-                    logger.warning_once(
-                        "The balance losses carry no gradient here. Gradient checkpointing hides it unless "
-                        "gradient_checkpointing_kwargs={'use_reentrant': False}."
-                    )
-                loss = loss + aux_loss * share_of_step(labels, **kwargs)
+            loss, aux_loss = self.with_balance_loss(loss, routing, labels, **kwargs)
 
         return DeepseekCausalLMOutput(
             loss=loss,
@@ -314,73 +292,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, ContinuousBatchingMixin, MTPG
             mtp_logits=mtp_logits,
             aux_loss=aux_loss,
         )
-
-    @property
-    def loss_function(self):
-        """What was set; else transformers' loss, without logits in fp32 that are all there at once."""
-        chosen = super().loss_function
-        return causal_lm_loss if chosen is ForCausalLMLoss and "_loss_function" not in vars(self) else chosen
-
-    @loss_function.setter
-    def loss_function(self, value) -> None:
-        self._loss_function = value
-
-    def _loss_in_pieces(self, states, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> torch.Tensor:
-        """The next-token loss of `states` `[B, S, d]`, whose logits nobody wants to see."""
-        ignored = kwargs.get("ignore_index", -100)
-        targets = shifted(labels, ignored) if shift_labels is None else shift_labels
-        items = (targets != ignored).sum() if num_items_in_batch is None else num_items_in_batch
-        kwargs["vocab_size"] = self.config.vocab_size
-        if self._loss_of_rows() is not self.loss_function:
-            raise ValueError(
-                f"config.training_logits is False, and the model's loss function, {self.loss_function}, takes no shift_labels, so "
-                "that it cannot be computed in pieces: set training_logits to True."
-            )
-        return loss_of_states(self.lm_head, self.loss_function, states, targets.to(states.device), items, **kwargs)
-
-    def _loss_of_rows(self):
-        """The loss function where it takes logits and targets that lie behind each other; else cross entropy."""
-        chosen = self.loss_function
-        return chosen if "shift_labels" in inspect.signature(chosen).parameters else causal_lm_loss
-
-    def _mtp_loss(
-        self,
-        depths,
-        mtp_logits,
-        labels,
-        attention_mask,
-        position_ids,
-        shift_labels=None,
-        num_items_in_batch=None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, ...]:
-        """One loss per depth, over the targets that exist: none of or on padding, none in another packed document.
-
-        `depths` are the states `[B, T - k, d]` in front of the head. Logits that nobody asked for are made in pieces: the
-        vocabulary is too wide to keep them.
-        """
-        ignored, packed = kwargs.pop("ignore_index", -100), None
-        if shift_labels is not None:
-            labels = nn.functional.pad(shift_labels, (1, 0), value=ignored)[:, :-1]
-        labels = labels.masked_fill(labels == ignored, -100)
-        if position_ids is not None and attention_mask is None:
-            packed = find_packed_sequence_indices(position_ids.expand(labels.shape[0], -1))
-
-        kwargs["vocab_size"] = self.config.vocab_size
-        losses = []
-        for depth, states in enumerate(depths, start=1):
-            targets = mtp_targets(labels, depth, packed)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                width = targets.shape[1]
-                reached = nn.functional.pad(attention_mask[:, depth + 1 :], (0, 1))[:, :width]
-                targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
-            items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            if mtp_logits is None:
-                losses.append(loss_of_states(self.lm_head, self._loss_of_rows(), states, targets, items, **kwargs))
-                continue
-            given = dict(shift_labels=targets, num_items_in_batch=items)
-            losses.append(self._loss_of_rows()(logits=mtp_logits[depth - 1], labels=None, **given, **kwargs))
-        return tuple(losses)
 
     def add_mtp_layers(self, num_layers: int = 1) -> None:
         """Appends `num_layers` freshly initialised MTP layers to a model that was trained without them, or with fewer.

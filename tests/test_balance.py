@@ -148,7 +148,7 @@ def test_without_factors_nothing_is_computed(monkeypatch):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_counts_once_and_says_when_it_hides_the_gradient(reentrant, monkeypatch):
     said, ids = [], tiny_tokens(tiny_config("v3"))
-    monkeypatch.setattr("modeling_deepseek.modeling_deepseek.logger.warning_once", said.append)
+    monkeypatch.setattr("modeling_deepseek.objective.logger.warning_once", said.append)
     found = []
     for checkpointing in (False, True):
         model = tiny_model("v3", aux_loss_alpha=0.5).train()

@@ -49,7 +49,8 @@ LAYERS = {
     "mtp": 6,
     "speculative": 6,
     "pretrained": 6,
-    "modeling_deepseek": 7,
+    "objective": 7,
+    "modeling_deepseek": 8,
 }
 PIP_ONLY = {"__init__", "adapters", "ema", "export", "load_balance", "scaling_laws", "schedules", "serve", "training"}
 SHIPPED_MAY_NEED = {"torch", "transformers", "huggingface_hub", "safetensors"}
