@@ -15,6 +15,7 @@ from .ops import (
     absorbed_attention_quantized,
     attend_latents,
     blocked_causal_attention,
+    cast,
     gpu_wants_padded_values,
     has_fast_gemm,
 )
@@ -109,7 +110,7 @@ class DeepseekMultiHeadAttention(DeepseekAttention):
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        cos, sin = for_all_heads(position_embeddings)
         query, key = rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -152,10 +153,10 @@ class DeepseekLatentAttention(DeepseekAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         by = self.recompute if self.training else None
-        cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+        cos, sin = for_all_heads(position_embeddings)
         q_latent = (self.q_proj if self.q_lora_rank is None else self.q_a_proj)(hidden_states)
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
-        latent, k_rope = compressed.split((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
+        latent, k_rope = compressed.split_with_sizes((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
         k_rope = self.rotate(k_rope, cos, sin)
         if paged is not None:  # continuous batching
@@ -183,7 +184,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         """What `q_a_proj` (where there is none: `q_proj`) gave -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`."""
         query = q_latent if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
         query = query.view(*query.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
-        q_nope, q_rope = query.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        q_nope, q_rope = query.split_with_sizes((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         return q_nope, self.rotate(q_rope, cos, sin)
 
     def expand_all(
@@ -240,7 +241,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         `c (n + v)` per new token, expanding the same per cached token. A `kv_b_proj` that is not a plain weight costs as much
         to read as `c` tokens to expand.
         """
-        if getattr(self.kv_b_proj, "_forward_pre_hooks_with_kwargs", None):
+        kv_b_proj = self.kv_b_proj
+        if getattr(kv_b_proj, "_forward_pre_hooks_with_kwargs", None):
             return False  # PEFT gives every row of a batch an adapter of its own: there is no one matrix
         mode = self.config.mla_mode
         if mode != "auto":
@@ -256,13 +258,13 @@ class DeepseekLatentAttention(DeepseekAttention):
         expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
         if on_cpu:
             expanded *= ABSORBED_RATE
-        return absorbed + rank * up < expanded or (absorbed < expanded and self._plain_kv_b())
+        return absorbed + rank * up < expanded or (absorbed < expanded and plain_weight(kv_b_proj) is not None)
 
     def expand(
         self, latent: torch.Tensor, k_rope: torch.Tensor, wide: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """latent `[B, 1, T, c]`, k_rope `[B, 1, T, r]` -> keys `[B, H, T, n + r]`, values `[B, H, T, v]`; `wide`: in fp32."""
-        if wide and self._plain_kv_b():
+        if wide and plain_weight(self.kv_b_proj) is not None:
             latent = latent.float()
             expanded = nn.functional.linear(latent.squeeze(1), self.kv_b_weight(latent)[0])
         else:
@@ -276,7 +278,7 @@ class DeepseekLatentAttention(DeepseekAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over the latents themselves -> `[B, S, H * v]`, and the weights `[B, H, S, T]` where "eager" returns them."""
         weight, bias = self.kv_b_weight(latent)
-        w_uk, w_uv = self.per_head(weight).split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        w_uk, w_uv = self.per_head(weight).split_with_sizes((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         batch, queries, keys = q_nope.shape[0], q_nope.shape[2], latent.shape[2]
         implementation = self.config._attn_implementation
         eager = implementation in (None, "eager")
@@ -290,8 +292,8 @@ class DeepseekLatentAttention(DeepseekAttention):
             output, probs = attend_latents(
                 q_nope,
                 q_rope,
-                as_tensor(latent).squeeze(1).to(q_nope.dtype),
-                as_tensor(k_rope).squeeze(1).to(q_rope.dtype),
+                cast(as_tensor(latent).squeeze(1), q_nope.dtype),
+                cast(as_tensor(k_rope).squeeze(1), q_rope.dtype),
                 w_uk,
                 w_uv,
                 self.scaling,
@@ -306,27 +308,35 @@ class DeepseekLatentAttention(DeepseekAttention):
 
     def per_head(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of `kv_b_proj` `[H * (n + v), ...]` -> `[H, n + v, ...]`."""
-        return rows.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-
-    def _plain_kv_b(self) -> bool:
-        """Whether `kv_b_proj.weight` (and its scales) is all there is to it: no adapter, sharding, offloading or hook."""
-        module = self.kv_b_proj
-        return (
-            type(module) in (nn.Linear, FP8Linear)
-            and type(module.weight) is nn.Parameter
-            and module.weight.is_floating_point()
-            and module.weight.device.type != "meta"
-            and "forward" not in vars(module)
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-        )
+        return rows.view(-1, self.qk_nope_head_dim + self.v_head_dim, *rows.shape[1:])
 
     def kv_b_weight(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Matrix `[H * (n + v), c]` and bias that `kv_b_proj` applies: its weight, or what it answers to unit vectors and 0."""
-        if self._plain_kv_b():
-            if type(self.kv_b_proj) is FP8Linear:
-                return self.kv_b_proj.dequantized_weight(like.dtype), None
-            return self.kv_b_proj.weight.to(like.dtype), None
+        kv_b_proj, dtype = self.kv_b_proj, like.dtype
+        weight = plain_weight(kv_b_proj)
+        if weight is not None and type(kv_b_proj) is FP8Linear:
+            fast = has_fast_gemm(
+                like.device.type, dtype
+            )  # where products run in fp32, it need not pass through 16 bits
+            return kv_b_proj.dequantized_weight(dtype if fast else torch.float32), None
+        if weight is not None:
+            return cast(weight, dtype), None
         units = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, dtype=like.dtype, device=like.device)
-        *rows, bias = self.kv_b_proj(units.unsqueeze(0)).squeeze(0)
+        *rows, bias = kv_b_proj(units.unsqueeze(0)).squeeze(0)
         return (torch.stack(rows) - bias).transpose(0, 1), bias
+
+
+def for_all_heads(tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[B, S, r]`, or as the model hands them to all of its layers, -> `[B, 1, S, r]`."""
+    cos, sin = tables
+    return (cos, sin) if cos.ndim == 4 else (cos.unsqueeze(1), sin.unsqueeze(1))
+
+
+def plain_weight(linear: nn.Module) -> nn.Parameter | None:
+    """The weight of a linear layer that is nothing but it (and its scales): no adapter, sharding, offloading or hook."""
+    wrapped = type(linear) not in (nn.Linear, FP8Linear) or "forward" in vars(linear)
+    if wrapped or linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    weight = linear.weight
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+    return weight if plain else None

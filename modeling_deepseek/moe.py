@@ -19,6 +19,7 @@ from transformers.integrations.moe import (
 
 from .balance import Routing
 from .layers import DeepseekMLP
+from .ops import cast
 from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
@@ -47,6 +48,8 @@ def auto_experts_forward(
 ) -> torch.Tensor:
     """The implementation that is fastest for so many tokens on this device; all give the same but for rounding."""
     tokens, arguments = hidden_states.shape[0], (hidden_states, top_k_index, top_k_weights)
+    if hidden_states.dtype == torch.float64:  # which PyTorch's grouped product does not take
+        return sorted_loop(experts, *arguments)
     if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for any number of tokens
         return grouped_mm_experts_forward(experts, *arguments)
     if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU
@@ -69,8 +72,8 @@ def gathered_experts_forward(
     gate_up = experts.gate_up_proj.index_select(0, chosen).view(tokens, top_k * 2 * width, hidden_dim)
     hidden = experts._apply_gate(torch.bmm(gate_up, hidden_states.unsqueeze(-1)).view(tokens * top_k, 2 * width))
     output = torch.bmm(experts.down_proj.index_select(0, chosen), hidden.unsqueeze(-1))
-    output = output.view(tokens, top_k, hidden_dim).to(top_k_weights.dtype)
-    return torch.bmm(top_k_weights.unsqueeze(1), output).squeeze(1).to(hidden_states.dtype)
+    output = cast(output.view(tokens, top_k, hidden_dim), top_k_weights.dtype)
+    return cast(torch.bmm(top_k_weights.unsqueeze(1), output).squeeze(1), hidden_states.dtype)
 
 
 def few_tokens_experts_forward(
@@ -185,4 +188,5 @@ class DeepseekMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
         _, gates, chosen = self.gate(hidden_states, routing)
         routed = self.experts(hidden_states.flatten(0, -2), chosen, gates).view_as(hidden_states)
-        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
+        shared_experts = self.shared_experts
+        return routed if shared_experts is None else routed + shared_experts(hidden_states)

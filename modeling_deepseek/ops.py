@@ -74,30 +74,33 @@ def absorbed_attention(
     dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
     if not has_fast_gemm(latent.device.type, dtype):
         compute, block = torch.float32, UPCAST_BLOCK
-    q_latent = _per_head(_cast(q_nope, compute), _cast(w_uk, compute)).reshape(batch, heads * length, -1)
-    q_rope = _cast(q_rope, compute).reshape(batch, heads * length, -1)
+    if {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype} != {compute}:
+        q_nope, q_rope, w_uk, w_uv = (x.to(compute) for x in (q_nope, q_rope, w_uk, w_uv))
+    q_latent = _per_head(q_nope, w_uk).reshape(batch, heads * length, -1)
+    q_rope = q_rope.reshape(batch, heads * length, -1)
     blocks = list(zip(_split(latent, 1, block), _split(k_rope, 1, block), strict=True))
     scores = [
         torch.baddbmm(
-            torch.bmm(q_rope, _cast(keys, compute).transpose(1, 2)),
+            torch.bmm(q_rope, cast(keys, compute).transpose(1, 2)),
             q_latent,
-            _cast(latents, compute).transpose(1, 2),
+            cast(latents, compute).transpose(1, 2),
             beta=scaling,
             alpha=scaling,
         )
         for latents, keys in blocks
     ]
     scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    probs = _cast(_masked_softmax(scores.view(batch, heads, length, -1), mask), compute)
+    probs = cast(_masked_softmax(scores.view(batch, heads, length, -1), mask), compute)
     if dropout:
         probs = F.dropout(probs, p=dropout)
     pieces = zip(_split(probs.flatten(1, 2), 2, block), blocks, strict=True)
-    context = functools.reduce(torch.add, (torch.bmm(piece, _cast(latents, compute)) for piece, (latents, _) in pieces))
+    context = functools.reduce(torch.add, (torch.bmm(piece, cast(latents, compute)) for piece, (latents, _) in pieces))
     context = context.view(batch, heads, length, -1)
-    return _cast(_per_head(context, _cast(w_uv, compute).transpose(1, 2)), dtype), _cast(probs, dtype)
+    return cast(_per_head(context, w_uv.transpose(1, 2)), dtype), cast(probs, dtype)
 
 
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, without asking PyTorch where nothing is to be done."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -124,28 +127,28 @@ def absorbed_attention_in_blocks(
     dtype = q_nope.dtype
     compute = dtype if has_fast_gemm(latent.device.type, dtype) else torch.float32
     sums = torch.promote_types(compute, torch.float32)
-    q_latent = _per_head(_cast(q_nope, compute), _cast(w_uk, compute))
+    q_latent = _per_head(cast(q_nope, compute), cast(w_uk, compute))
     q_latent, q_rope = (
         (x * scaling).reshape(batch, heads * length, -1).transpose(1, 2).contiguous()
-        for x in (q_latent, _cast(q_rope, compute))
+        for x in (q_latent, cast(q_rope, compute))
     )
     found = []
     for start in range(0, latent.shape[1], KEY_BLOCK):
-        latents, keys = (_cast(x[:, start : start + KEY_BLOCK], compute) for x in (latent, k_rope))
-        scores = _cast(torch.baddbmm(torch.bmm(keys, q_rope), latents, q_latent), sums)
+        latents, keys = (cast(x[:, start : start + KEY_BLOCK], compute) for x in (latent, k_rope))
+        scores = cast(torch.baddbmm(torch.bmm(keys, q_rope), latents, q_latent), sums)
         if mask is not None:
             seen = mask[..., start : start + KEY_BLOCK].permute(0, 3, 1, 2)
             scores = _masked(scores.view(batch, -1, heads, length), seen).flatten(2)
         largest = scores.amax(1, keepdim=True)
         weights = scores.sub_(largest).exp_()
-        context = torch.bmm(_cast(weights, compute).transpose(1, 2), latents)
-        found.append((largest[:, 0], weights.sum(1), _cast(context, sums)))
+        context = torch.bmm(cast(weights, compute).transpose(1, 2), latents)
+        found.append((largest[:, 0], weights.sum(1), cast(context, sums)))
     largest, totals, contexts = (torch.stack(each, dim=-1) for each in zip(*found, strict=True))
     shares = (largest - largest.amax(-1, keepdim=True)).exp()
     shares = shares / (totals * shares).sum(-1, keepdim=True)
-    context = _cast(torch.matmul(contexts, shares.unsqueeze(-1)).squeeze(-1), compute)
+    context = cast(torch.matmul(contexts, shares.unsqueeze(-1)).squeeze(-1), compute)
     context = context.view(batch, heads, length, -1)
-    return _cast(_per_head(context, _cast(w_uv, compute).transpose(1, 2)), dtype)
+    return cast(_per_head(context, cast(w_uv, compute).transpose(1, 2)), dtype)
 
 
 def blocked_causal_attention(
@@ -165,7 +168,7 @@ def blocked_causal_attention(
     batch, heads, length, _ = query.shape
     keys, dtype = key.shape[2], query.dtype
     compute = dtype if has_fast_gemm(query.device.type, dtype) else torch.float32
-    query, key, value = (_cast(x, compute) for x in (query, key.transpose(2, 3), value))
+    query, key, value = (cast(x, compute) for x in (query, key.transpose(2, 3), value))
     output = query.new_empty(batch, length, heads, value.shape[-1], dtype=dtype)
     step = max(16, min(QUERY_BLOCK, SCORES // (batch * heads * keys)))
     for start in range(0, length, step):
@@ -178,7 +181,7 @@ def blocked_causal_attention(
             probs = scores.softmax(dim=-1, dtype=torch.promote_types(compute, torch.float32))
         else:
             probs = _masked_softmax(scores, mask[..., start:end, :])
-        output[:, start:end] = torch.matmul(_cast(probs, compute), value[:, :, :seen]).transpose(1, 2)
+        output[:, start:end] = torch.matmul(cast(probs, compute), value[:, :, :seen]).transpose(1, 2)
     return output
 
 

@@ -1,7 +1,7 @@
 """Selective recomputation: what is cheap to compute again is not kept for the backward pass (DeepSeek-V3 report, section 3.2.3)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -76,17 +76,18 @@ class _Recipe:
         return tensor
 
 
-@contextmanager
-def recomputed(by: Callable | None, function: Callable, *inputs: torch.Tensor) -> Iterator:
+def recomputed(by: Callable | None, function: Callable, *inputs: torch.Tensor) -> AbstractContextManager:
     """Gives `function(*inputs)`, a tensor or a tuple of them, to the block of a `with`.
 
     With `by`, a checkpointing function that is not reentrant, neither what `function` keeps for the backward pass nor, within the
     block, its result itself stays in memory: both are computed again, once, when the first of them is asked for. So the steps
     in the block must keep the result itself or views of it, as products and attention kernels do. `None` keeps everything.
     """
-    if by is None:
-        yield function(*inputs)
-        return
+    return nullcontext(function(*inputs)) if by is None else _recomputed(by, function, *inputs)
+
+
+@contextmanager
+def _recomputed(by: Callable, function: Callable, *inputs: torch.Tensor) -> Iterator:
     if torch.is_autocast_enabled(inputs[0].device.type):
         logger.warning_once(
             "Selective recomputation saves little under autocast, which keeps its own copies of what is recomputed: load the "

@@ -100,7 +100,10 @@ class DeepseekTopkRouter(nn.Module):
         device = tokens.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            router_logits = F.linear(tokens.float(), self.weight.float())
+            weight, single = self.weight, torch.float32
+            if tokens.dtype != single or weight.dtype != single:
+                tokens, weight = tokens.float(), weight.float()
+            router_logits = F.linear(tokens, weight)
             scores = router_scores(router_logits, self.scoring_func)
         chosen = choose_experts(
             scores.detach() if scores.requires_grad else scores,

@@ -312,3 +312,11 @@ def test_native_classes_take_a_config_of_ours():
     tokens = tiny_tokens(model.config)
     with torch.no_grad():
         torch.testing.assert_close(native(tokens).logits, model(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_a_model_in_fp64_learns():
+    """As for checks of gradients; PyTorch's grouped product has no fp64."""
+    model = tiny_model("v3").double().train()
+    ids = tiny_tokens(model.config)
+    model(ids, labels=ids).loss.backward()
+    assert model.model.layers[1].mlp.experts.down_proj.grad.dtype == torch.float64

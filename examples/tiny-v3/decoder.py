@@ -50,5 +50,5 @@ class DeepseekDecoderLayer(GradientCheckpointingLayer):
             )
         hidden_states = hidden_states + attended
         with recomputed(by, self.post_attention_layernorm, hidden_states) as normed:
-            shared = (routing,) if isinstance(self.mlp, DeepseekMoE) else ()
-            return hidden_states + self.mlp(normed, *shared)
+            mlp = self.mlp
+            return hidden_states + (mlp(normed, routing) if isinstance(mlp, DeepseekMoE) else mlp(normed))

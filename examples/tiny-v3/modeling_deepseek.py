@@ -6,6 +6,7 @@ Experts follow `@use_experts_implementation` (moe.py), attention follows transfo
 import copy
 import functools
 import inspect
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention import for_all_heads
 from .balance import Routing
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
@@ -121,8 +123,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        position_embeddings = for_all_heads(self.rotary_emb(hidden_states, position_ids))
+        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

@@ -44,7 +44,8 @@ def rotation_tables(cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> 
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of `x` `[..., D]` by [`rotation_tables`] `[..., D]`, in fp32; dtype of `x`."""
     wide = x if x.dtype == cos.dtype else x.to(torch.promote_types(x.dtype, torch.float32))
-    rotated = torch.addcmul(wide * cos, wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
+    swapped = wide.view(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
+    rotated = torch.addcmul(wide * cos, swapped, sin)
     return rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
 
 
