@@ -35,6 +35,7 @@ LAYERS = {
     "triton_kernels": 0,
     "cpu_kernels": 0,
     "triton_mla": 0,
+    "hub_kernels": 0,
     "hub": 0,
     "ops": 2,
     "drafter": 3,

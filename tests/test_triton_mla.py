@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_deepseek import ops
+from modeling_deepseek import LatentCache, hub_kernels, ops, quantized
 from modeling_deepseek.ops import absorbed_attention_reference, attend_latents
 from tiny import tiny_model, tiny_tokens
 
@@ -255,7 +255,7 @@ def test_the_way_to_decode_is_chosen_by_name(monkeypatch):
     with pytest.raises(ValueError, match=r"all bf16, fp16 or fp32, got torch.float32, torch.float64"):
         ops.decodes_in_kernel([*tensors[:5], tensors[5].double()], None)
     monkeypatch.setattr(ops, "MLA_DECODE", "fast")
-    with pytest.raises(ValueError, match="'auto', 'kernel' or 'torch', got 'fast'"):
+    with pytest.raises(ValueError, match="'auto', 'kernel', 'fa3' or 'torch', got 'fast'"):
         ops.decodes_in_kernel(tensors, None)
 
 
@@ -273,6 +273,58 @@ def test_a_padded_batch_generates_the_same(family, kind, forced):
     for theirs, ours in zip(plain.logits, kernel.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert forced.calls.count((2, 4, 1, 28)) == 2 * 3  # steps of three layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_in_8_bits_is_read_as_it_is(dtype, forced, monkeypatch):
+    model = tiny_model("v3", attn_implementation="sdpa").to(DEVICE, dtype)
+    ids = tiny_tokens(model.config, length=12).to(DEVICE)
+    read = []
+    monkeypatch.setattr(ops, "read", lambda *args: read.append(1) or pytest.fail("was converted"))
+
+    def logits() -> torch.Tensor:
+        cache = LatentCache(model.config, bits=8)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if ops.MLA_DECODE == "torch":
+                patch.setattr(ops, "read", quantized.read)
+            model(ids, past_key_values=cache)
+            forced.calls.clear()
+            return model(ids[:, :2], past_key_values=cache).logits
+
+    plain, kernel = forced(logits)
+    error = (kernel.float() - plain.float()).norm() / plain.float().norm()
+    assert error.item() < (1e-5 if dtype == torch.float32 else 3e-2)
+    assert forced.calls == [(2, 4, 2, 28)] * 3
+
+
+def test_flash_attention_3_gets_what_it_wants(forced, monkeypatch):
+    """By its documented arguments; what stands in for it here computes what its documentation says."""
+    asked = []
+
+    def flash(q, k_cache, v_cache, qv, softmax_scale):
+        asked.append((tuple(q.shape), tuple(k_cache.shape), tuple(v_cache.shape), tuple(qv.shape)))
+        scores = torch.einsum("bshr,btr->bhst", q, k_cache[:, :, 0]) + torch.einsum(
+            "bshc,btc->bhst", qv, v_cache[:, :, 0]
+        )
+        return torch.einsum("bhst,btc->bshc", (scores * softmax_scale).softmax(-1), v_cache[:, :, 0])
+
+    monkeypatch.setattr(hub_kernels, "_flash_attention_3", lambda: flash)
+    tensors = absorbed_inputs(queries=1)
+    expected = absorbed_attention_reference(*tensors, 0.2)[0]
+    monkeypatch.setattr(ops, "MLA_DECODE", "fa3")
+    torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
+    assert asked == [((2, 1, 4, 8), (2, 30, 1, 8), (2, 30, 1, 20), (2, 1, 4, 20))]
+    attend_latents(*tensors, 0.2, causal(1, 30), weights=False)  # a mask: Triton
+    attend_latents(*absorbed_inputs(queries=2), 0.2, weights=False)
+    assert len(asked) == 1
+    assert len(forced.calls) == 2
+
+
+def test_flash_attention_3_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr(ops, "MLA_DECODE", "fa3")
+    monkeypatch.setattr("transformers.integrations.hub_kernels.is_kernels_available", lambda: False)
+    with pytest.raises(ImportError, match="kernels"):
+        attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)
 
 
 def test_drafts_of_mtp_are_verified_the_same(forced):
