@@ -298,7 +298,9 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(reentrant):
     again = model(**inputs, use_cache=False).loss
     again.backward()
     torch.testing.assert_close(again, plain)
-    assert_same_gradients(gradients(model), theirs, atol=3e-6)  # the largest is 1.3, and they are summed in another order
+    assert_same_gradients(
+        gradients(model), theirs, atol=3e-6
+    )  # the largest is 1.3, and they are summed in another order
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
