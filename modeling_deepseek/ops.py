@@ -27,6 +27,7 @@ MLA_DECODE = "auto"  # or "kernel", "fa3", "torch": how new tokens meet the late
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
 KEY_BLOCK = 2048  # latents at a time, where there are more
+UPCAST_HEADS = 8  # whose weights are converted at a time
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -75,10 +76,8 @@ def absorbed_attention(
     dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
     if not has_fast_gemm(latent.device.type, dtype):
         compute, block = torch.float32, UPCAST_BLOCK
-    if {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype} != {compute}:
-        q_nope, q_rope, w_uk, w_uv = (x.to(compute) for x in (q_nope, q_rope, w_uk, w_uv))
-    q_latent = _per_head(q_nope, w_uk).reshape(batch, heads * length, -1)
-    q_rope = q_rope.reshape(batch, heads * length, -1)
+    q_latent = _per_head(cast(q_nope, compute), w_uk).reshape(batch, heads * length, -1)
+    q_rope = cast(q_rope, compute).reshape(batch, heads * length, -1)
     blocks = list(zip(_split(latent, 1, block), _split(k_rope, 1, block), strict=True))
     scores = [
         torch.baddbmm(
@@ -128,7 +127,7 @@ def absorbed_attention_in_blocks(
     dtype = q_nope.dtype
     compute = dtype if has_fast_gemm(latent.device.type, dtype) else torch.float32
     sums = torch.promote_types(compute, torch.float32)
-    q_latent = _per_head(cast(q_nope, compute), cast(w_uk, compute))
+    q_latent = _per_head(cast(q_nope, compute), w_uk)
     q_latent, q_rope = (
         (x * scaling).reshape(batch, heads * length, -1).transpose(1, 2).contiguous()
         for x in (q_latent, cast(q_rope, compute))
@@ -149,7 +148,7 @@ def absorbed_attention_in_blocks(
     shares = shares / (totals * shares).sum(-1, keepdim=True)
     context = cast(torch.matmul(contexts, shares.unsqueeze(-1)).squeeze(-1), compute)
     context = context.view(batch, heads, length, -1)
-    return cast(_per_head(context, cast(w_uv, compute).transpose(1, 2)), dtype)
+    return cast(_per_head(context, w_uv.transpose(1, 2)), dtype)
 
 
 def blocked_causal_attention(
@@ -282,8 +281,11 @@ def gpu_wants_padded_values(
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]`, one matrix product per head over all B * S rows."""
+    """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]` like `x`, one matrix product per head over all B * S rows."""
     batch, heads, length, _ = x.shape
+    if weight.dtype != x.dtype:  # converted some heads at a time, which stay in the processor's cache
+        pieces = zip(x.split(UPCAST_HEADS, dim=1), weight.split(UPCAST_HEADS), strict=True)
+        return torch.cat([_per_head(own, held.to(x.dtype)) for own, held in pieces], dim=1)
     if batch == 1:
         return torch.bmm(x.squeeze(0), weight).unsqueeze(0)
     rows = torch.bmm(x.transpose(0, 1).reshape(heads, batch * length, -1), weight)
@@ -332,7 +334,7 @@ def absorbed_attention_quantized(
     compute = dtype if has_fast_gemm(device.type, dtype) else torch.float32
     sums = torch.promote_types(compute, torch.float32)
     held = (latent, k_rope)
-    queries = (_per_head(q_nope.to(compute), w_uk.to(compute)), q_rope)
+    queries = (_per_head(cast(q_nope, compute), w_uk), q_rope)
     queries = [rotate(query) if is_quantized(x) else query for query, x in zip(queries, held, strict=True)]
     queries = [(query.to(sums) * scaling).to(compute).reshape(batch, heads * length, -1) for query in queries]
     scales = [x.multipliers(sums) if is_quantized(x) else None for x in held]
@@ -355,7 +357,7 @@ def absorbed_attention_quantized(
         weights = weights.mul_(scales[0][..., here]).to(compute)
         context = context * decay + torch.bmm(weights, numbers[0])
     context = rotate(context / total).to(compute).view(batch, heads, length, -1)
-    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype)
+    return cast(_per_head(context, w_uv.transpose(1, 2)), dtype)
 
 
 def block_scaled_product_reference(
