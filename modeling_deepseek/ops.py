@@ -26,7 +26,7 @@ C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matr
 MLA_DECODE = "auto"  # or "kernel", "fa3", "torch": how new tokens meet the latents of a cache; set it to choose
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
-KEY_BLOCK = 2048  # latents at a time, where there are more
+KEY_BLOCK = 4096  # latents at a time, where there are more; half as many where they are converted
 UPCAST_HEADS = 8  # whose weights are converted at a time
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
@@ -132,12 +132,12 @@ def absorbed_attention_in_blocks(
         (x * scaling).reshape(batch, heads * length, -1).transpose(1, 2).contiguous()
         for x in (q_latent, cast(q_rope, compute))
     )
-    found = []
-    for start in range(0, latent.shape[1], KEY_BLOCK):
-        latents, keys = (cast(x[:, start : start + KEY_BLOCK], compute) for x in (latent, k_rope))
+    found, block = [], _key_block(latent)
+    for start in range(0, latent.shape[1], block):
+        latents, keys = (cast(x[:, start : start + block], compute) for x in (latent, k_rope))
         scores = cast(torch.baddbmm(torch.bmm(keys, q_rope), latents, q_latent), sums)
         if mask is not None:
-            seen = mask[..., start : start + KEY_BLOCK].permute(0, 3, 1, 2)
+            seen = mask[..., start : start + block].permute(0, 3, 1, 2)
             scores = _masked(scores.view(batch, -1, heads, length), seen).flatten(2)
         largest = scores.amax(1, keepdim=True)
         weights = scores.sub_(largest).exp_()
@@ -149,6 +149,10 @@ def absorbed_attention_in_blocks(
     context = cast(torch.matmul(contexts, shares.unsqueeze(-1)).squeeze(-1), compute)
     context = context.view(batch, heads, length, -1)
     return cast(_per_head(context, w_uv.transpose(1, 2)), dtype)
+
+
+def _key_block(latent: torch.Tensor) -> int:
+    return KEY_BLOCK if has_fast_gemm(latent.device.type, latent.dtype) else KEY_BLOCK // 2
 
 
 def blocked_causal_attention(
@@ -204,7 +208,9 @@ def attend_latents(
     """
     tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
     if weights or dropout or not decodes_in_kernel(tensors, mask):
-        long = latent.device.type == "cpu" and latent.shape[1] > KEY_BLOCK and not torch.compiler.is_compiling()
+        long = (
+            latent.device.type == "cpu" and latent.shape[1] > _key_block(latent) and not torch.compiler.is_compiling()
+        )
         if long and not (weights or dropout or torch.is_grad_enabled()):
             return absorbed_attention_in_blocks(*tensors, scaling, mask), None
         return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)

@@ -26,7 +26,8 @@ C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matr
 MLA_DECODE = "auto"  # or "kernel", "fa3", "torch": how new tokens meet the latents of a cache; set it to choose
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
-KEY_BLOCK = 2048  # latents at a time, where there are more
+KEY_BLOCK = 4096  # latents at a time, where there are more; half as many where they are converted
+UPCAST_HEADS = 8  # whose weights are converted at a time
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
 
@@ -75,10 +76,8 @@ def absorbed_attention(
     dtype, compute, block = q_nope.dtype, q_nope.dtype, latent.shape[1]
     if not has_fast_gemm(latent.device.type, dtype):
         compute, block = torch.float32, UPCAST_BLOCK
-    if {q_nope.dtype, q_rope.dtype, w_uk.dtype, w_uv.dtype} != {compute}:
-        q_nope, q_rope, w_uk, w_uv = (x.to(compute) for x in (q_nope, q_rope, w_uk, w_uv))
-    q_latent = _per_head(q_nope, w_uk).reshape(batch, heads * length, -1)
-    q_rope = q_rope.reshape(batch, heads * length, -1)
+    q_latent = _per_head(cast(q_nope, compute), w_uk).reshape(batch, heads * length, -1)
+    q_rope = cast(q_rope, compute).reshape(batch, heads * length, -1)
     blocks = list(zip(_split(latent, 1, block), _split(k_rope, 1, block), strict=True))
     scores = [
         torch.baddbmm(
@@ -128,17 +127,17 @@ def absorbed_attention_in_blocks(
     dtype = q_nope.dtype
     compute = dtype if has_fast_gemm(latent.device.type, dtype) else torch.float32
     sums = torch.promote_types(compute, torch.float32)
-    q_latent = _per_head(cast(q_nope, compute), cast(w_uk, compute))
+    q_latent = _per_head(cast(q_nope, compute), w_uk)
     q_latent, q_rope = (
         (x * scaling).reshape(batch, heads * length, -1).transpose(1, 2).contiguous()
         for x in (q_latent, cast(q_rope, compute))
     )
-    found = []
-    for start in range(0, latent.shape[1], KEY_BLOCK):
-        latents, keys = (cast(x[:, start : start + KEY_BLOCK], compute) for x in (latent, k_rope))
+    found, block = [], _key_block(latent)
+    for start in range(0, latent.shape[1], block):
+        latents, keys = (cast(x[:, start : start + block], compute) for x in (latent, k_rope))
         scores = cast(torch.baddbmm(torch.bmm(keys, q_rope), latents, q_latent), sums)
         if mask is not None:
-            seen = mask[..., start : start + KEY_BLOCK].permute(0, 3, 1, 2)
+            seen = mask[..., start : start + block].permute(0, 3, 1, 2)
             scores = _masked(scores.view(batch, -1, heads, length), seen).flatten(2)
         largest = scores.amax(1, keepdim=True)
         weights = scores.sub_(largest).exp_()
@@ -149,7 +148,11 @@ def absorbed_attention_in_blocks(
     shares = shares / (totals * shares).sum(-1, keepdim=True)
     context = cast(torch.matmul(contexts, shares.unsqueeze(-1)).squeeze(-1), compute)
     context = context.view(batch, heads, length, -1)
-    return cast(_per_head(context, cast(w_uv, compute).transpose(1, 2)), dtype)
+    return cast(_per_head(context, w_uv.transpose(1, 2)), dtype)
+
+
+def _key_block(latent: torch.Tensor) -> int:
+    return KEY_BLOCK if has_fast_gemm(latent.device.type, latent.dtype) else KEY_BLOCK // 2
 
 
 def blocked_causal_attention(
@@ -205,7 +208,9 @@ def attend_latents(
     """
     tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
     if weights or dropout or not decodes_in_kernel(tensors, mask):
-        long = latent.device.type == "cpu" and latent.shape[1] > KEY_BLOCK and not torch.compiler.is_compiling()
+        long = (
+            latent.device.type == "cpu" and latent.shape[1] > _key_block(latent) and not torch.compiler.is_compiling()
+        )
         if long and not (weights or dropout or torch.is_grad_enabled()):
             return absorbed_attention_in_blocks(*tensors, scaling, mask), None
         return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
@@ -282,8 +287,11 @@ def gpu_wants_padded_values(
 
 
 def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]`, one matrix product per head over all B * S rows."""
+    """`x` `[B, H, S, i]` times `weight` `[H, i, o]` -> `[B, H, S, o]` like `x`, one matrix product per head over all B * S rows."""
     batch, heads, length, _ = x.shape
+    if weight.dtype != x.dtype:  # converted some heads at a time, which stay in the processor's cache
+        pieces = zip(x.split(UPCAST_HEADS, dim=1), weight.split(UPCAST_HEADS), strict=True)
+        return torch.cat([_per_head(own, held.to(x.dtype)) for own, held in pieces], dim=1)
     if batch == 1:
         return torch.bmm(x.squeeze(0), weight).unsqueeze(0)
     rows = torch.bmm(x.transpose(0, 1).reshape(heads, batch * length, -1), weight)
@@ -332,7 +340,7 @@ def absorbed_attention_quantized(
     compute = dtype if has_fast_gemm(device.type, dtype) else torch.float32
     sums = torch.promote_types(compute, torch.float32)
     held = (latent, k_rope)
-    queries = (_per_head(q_nope.to(compute), w_uk.to(compute)), q_rope)
+    queries = (_per_head(cast(q_nope, compute), w_uk), q_rope)
     queries = [rotate(query) if is_quantized(x) else query for query, x in zip(queries, held, strict=True)]
     queries = [(query.to(sums) * scaling).to(compute).reshape(batch, heads * length, -1) for query in queries]
     scales = [x.multipliers(sums) if is_quantized(x) else None for x in held]
@@ -355,7 +363,7 @@ def absorbed_attention_quantized(
         weights = weights.mul_(scales[0][..., here]).to(compute)
         context = context * decay + torch.bmm(weights, numbers[0])
     context = rotate(context / total).to(compute).view(batch, heads, length, -1)
-    return _per_head(context, w_uv.to(compute).transpose(1, 2)).to(dtype)
+    return cast(_per_head(context, w_uv.transpose(1, 2)), dtype)
 
 
 def block_scaled_product_reference(
