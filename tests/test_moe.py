@@ -255,6 +255,29 @@ def test_auto_takes_a_form_by_the_number_of_tokens(tokens, small, form, monkeypa
     assert taken[-1] == "grouped_mm_experts_forward" and experts.down_proj.grad is not None
 
 
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_tokens_in_16_bits_go_in_fp32_where_a_cpu_is_slow_at_them(dtype, slow, monkeypatch):
+    monkeypatch.setattr(moe, "has_fast_gemm", lambda *_: not slow)
+    monkeypatch.setattr(moe, "SMALL_WEIGHTS", 0)
+    computed = []
+    loop = moe.sorted_experts_forward
+    monkeypatch.setattr(moe, "sorted_experts_forward", lambda *args: computed.append(args[-1]) or loop(*args))
+    experts = built(DeepseekExperts, "v3", "auto").to(dtype)
+    errors = []
+    for tokens in (8, 300):
+        x, (chosen, gates) = torch.randn(tokens, 48, dtype=dtype), routing(tokens)
+        with torch.no_grad():
+            output = experts(x, chosen, gates)
+        assert output.dtype == dtype
+        expected = loop_over_tokens(experts.float(), x.float(), chosen, gates)
+        errors.append(((output.float() - expected).norm() / expected.norm()).item())
+        experts.to(dtype)
+    assert computed == [torch.float32] * slow
+    limit = torch.finfo(dtype).eps
+    assert errors[1] < (limit / 2 if slow else 2 * limit)  # where it is wide, the result alone is rounded
+
+
 @FAMILIES
 def test_auto_is_the_default_and_other_names_are_kept(family):
     assert tiny_model(family).config._experts_implementation == "auto"

@@ -19,11 +19,14 @@ from transformers.integrations.moe import (
 
 from .balance import Routing
 from .layers import DeepseekMLP
-from .ops import cast
+from .ops import cast, has_fast_gemm
 from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
 FEW_TOKENS, MANY_TOKENS = 1, 512
+WIDE_PAIRS = (
+    16  # tokens per expert from which weights in 16 bits are worth a conversion where a CPU is slow at them: measured
+)
 SMALL_WEIGHTS = 2**20  # of the chosen experts together: copying them costs less than asking for each
 
 
@@ -58,6 +61,9 @@ def auto_experts_forward(
     weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
     if weights <= SMALL_WEIGHTS and not getattr(experts, "_is_expert_parallel", True):  # transformers 5.17 does not say
         return gathered_experts_forward(experts, *arguments)
+    slow = hidden_states.dtype == experts.gate_up_proj.dtype and not has_fast_gemm("cpu", hidden_states.dtype)
+    if slow and not torch.compiler.is_compiling() and top_k_index.numel() >= WIDE_PAIRS * experts.num_experts:
+        return sorted_experts_forward(experts, *arguments, torch.float32)
     if torch.compiler.is_compiling() or FEW_TOKENS < tokens < MANY_TOKENS:
         return grouped_mm_experts_forward(experts, *arguments)
     return few_tokens_experts_forward(experts, *arguments) if tokens <= FEW_TOKENS else sorted_loop(experts, *arguments)
@@ -93,6 +99,37 @@ def few_tokens_experts_forward(
         output[place] = F.linear(row, down[expert])
     gates = top_k_weights.unsqueeze(-2)
     return torch.bmm(gates, output.view(-1, top_k, hidden_states.shape[-1])).squeeze(1).to(hidden_states.dtype)
+
+
+def sorted_experts_forward(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    compute: torch.dtype,
+) -> torch.Tensor:
+    """Tokens sorted by expert, one product per expert, in `compute`, which weights of another dtype are converted to one by one.
+
+    The weights are unbound once: indexing a 3-D parameter per expert makes the backward pass many times slower. An index
+    of `num_experts` (a token that expert parallelism serves elsewhere) adds nothing.
+    """
+    top_k = top_k_index.shape[-1]
+    chosen, order = top_k_index.flatten().sort(stable=True)
+    tokens = order // top_k
+    gates = top_k_weights.flatten()[order].unsqueeze(-1)
+    counts = torch.bincount(chosen, minlength=experts.num_experts + 1)[: experts.num_experts].tolist()
+    states = cast(hidden_states, compute)
+    output = torch.zeros_like(states)
+    start = 0
+    weights = zip(experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), counts, strict=True)
+    for expert, (gate_up, down, count) in enumerate(weights):
+        if count or expert == 0:  # the first also on no tokens: other ranks wait for gradients of all weights
+            rows = tokens[start : start + count]
+            hidden = experts._apply_gate(F.linear(states[rows], cast(gate_up, compute)))
+            expert_output = F.linear(hidden, cast(down, compute)) * gates[start : start + count]
+            output.index_add_(0, rows, expert_output.to(output.dtype))
+            start += count
+    return cast(output, hidden_states.dtype)
 
 
 @use_experts_implementation(experts_interface=_WithAuto())
@@ -149,27 +186,8 @@ class DeepseekExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: tokens sorted by expert, one product per expert.
-
-        The weights are unbound once: indexing a 3-D parameter per expert makes the backward pass many times slower. An index
-        of `num_experts` (a token that expert parallelism serves elsewhere) adds nothing.
-        """
-        top_k = top_k_index.shape[-1]
-        experts, order = top_k_index.flatten().sort(stable=True)
-        tokens = order // top_k
-        gates = top_k_weights.flatten()[order].unsqueeze(-1)
-        counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
-        output = torch.zeros_like(hidden_states)
-        start = 0
-        weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), counts, strict=True)
-        for expert, (gate_up, down, count) in enumerate(weights):
-            if count or expert == 0:  # the first also on no tokens: other ranks wait for gradients of all weights
-                rows = tokens[start : start + count]
-                hidden = self._apply_gate(F.linear(hidden_states[rows], gate_up))
-                expert_output = F.linear(hidden, down) * gates[start : start + count]
-                output.index_add_(0, rows, expert_output.to(output.dtype))
-                start += count
-        return output
+        """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: see [`sorted_experts_forward`]."""
+        return sorted_experts_forward(self, hidden_states, top_k_index, top_k_weights, hidden_states.dtype)
 
 
 class DeepseekMoE(nn.Module):
