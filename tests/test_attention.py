@@ -524,3 +524,11 @@ def test_a_prefill_without_gradients_is_the_one_with_them(asked):
     with_gradients = model(tokens, use_cache=False, **asked).logits
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, use_cache=False, **asked).logits, with_gradients, rtol=0, atol=1e-4)
+
+
+def test_a_bias_of_positions_is_left_to_pytorchs_attention():
+    """Blocks of queries know masks only; a bias that were dropped would change what comes out."""
+    attention, x = built(), torch.randn(2, 9, 48)
+    with torch.no_grad():
+        assert attention.blocks_queries(x, None)
+        assert not attention.blocks_queries(x, None, position_bias=torch.zeros(1, 4, 9, 9))

@@ -163,6 +163,17 @@ def test_what_does_not_fit_is_refused_before_memory_is_read(kernels):
         fp8_linear(torch.randn(1, 64), weight, scale[:2], (16, 16))
 
 
+def test_the_compiler_may_be_named_with_its_options(monkeypatch):
+    found = cpu_kernels._library()
+    monkeypatch.setenv("CC", "cc -O1 -DUNUSED='two words'")
+    asked, run = [], cpu_kernels.subprocess.run
+    monkeypatch.setattr(
+        cpu_kernels.subprocess, "run", lambda command, **kwargs: asked.append(command) or run(command, **kwargs)
+    )
+    assert type(cpu_kernels._library.__wrapped__()) is type(found)
+    assert asked[0][:3] == ["cc", "-O1", "-DUNUSED=two words"]
+
+
 def test_without_a_place_for_temporary_files_it_goes_on(monkeypatch):
     def full(**_):
         raise OSError("No space left on device")
