@@ -315,10 +315,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         kv_b_proj, dtype = self.kv_b_proj, like.dtype
         weight = plain_weight(kv_b_proj)
         if weight is not None and type(kv_b_proj) is FP8Linear:
-            fast = has_fast_gemm(
-                like.device.type, dtype
-            )  # where products run in fp32, it need not pass through 16 bits
-            return kv_b_proj.dequantized_weight(dtype if fast else torch.float32), None
+            return kv_b_proj.dequantized_weight(dtype), None
         if weight is not None:
             return cast(weight, dtype), None
         units = torch.eye(self.kv_lora_rank + 1, self.kv_lora_rank, dtype=like.dtype, device=like.device)

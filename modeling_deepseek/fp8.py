@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
 from .ops import (
+    C_MAX_TOKENS,
     block_scaled_product,
     blocks_of,
     dequantize_in_c,
@@ -18,6 +19,7 @@ from .ops import (
     dequantizing_products,
     has_fast_gemm,
     multiplies_fp8,
+    multiplies_in_c,
 )
 from .scratch import scratch
 
@@ -320,14 +322,18 @@ class FP8Experts(_KeepsFP8, nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor | None:
         """What `forward` gives, by one product for all experts before the activation and one behind it; `None` if it cannot be."""
-        if self.low_rank or torch.is_grad_enabled() or self.intermediate_dim % self.block_size[0]:
+        if self.low_rank or self.intermediate_dim % self.block_size[0] or hidden_states.device.type != "cpu":
             return None
-        if torch.compiler.is_compiling() or hidden_states.device.type != "cpu" or not len(hidden_states):
+        few = 0 < top_k_index.numel() <= C_MAX_TOKENS * self.num_experts
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not few:
             return None
         experts, order = top_k_index.flatten().sort(stable=True)
         chosen, counts = (each.tolist() for each in experts.unique_consecutive(return_counts=True))
         if chosen[-1] == self.num_experts:  # served elsewhere
             chosen, counts = chosen[:-1], counts[:-1]
+        weights, most = (self.gate_up_proj, self.down_proj), max(counts, default=0)
+        if not all(multiplies_in_c(weight, most, hidden_states.dtype) for weight in weights):
+            return None
         starts = [0, *itertools.accumulate(counts)]
         order = order[: starts[-1]]
         tokens, groups = order // top_k_index.shape[-1], (chosen, starts, self.block_size)
@@ -345,7 +351,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: one expert after another."""
+        """`hidden_states` `[N, d]`, experts and gates `[N, K]` -> `[N, d]`: all experts together, or one after another."""
         if is_parametrized(self):
             raise ValueError(
                 "A parametrization was put on experts that are kept in FP8, which it cannot add to: load with "

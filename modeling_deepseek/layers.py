@@ -6,18 +6,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_kernel_forward_from_hub
 
-_numbers: dict[float, torch.Tensor] = {}
-
-
-def _number(value: float) -> torch.Tensor:
-    """A CPU tensor without dimensions, made once: operations with a number make one each time."""
-    if value not in _numbers:
-        with torch.inference_mode(False):
-            new = torch.tensor(value, dtype=torch.float64, device="cpu")
-        if type(new) is not torch.Tensor:  # under a mode that pretends
-            return new
-        _numbers[value] = new
-    return _numbers[value]
+_numbers: dict[
+    float, torch.Tensor
+] = {}  # as CPU tensors without dimensions: operations with a number make one each time
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -28,17 +19,28 @@ class DeepseekRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
+        if eps not in _numbers:
+            with torch.inference_mode(False):
+                number = torch.tensor(eps, dtype=torch.float64, device="cpu")
+            if type(number) is torch.Tensor:  # not under a mode that pretends
+                _numbers[eps] = number
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, eps = self.weight, self.variance_epsilon
         if weight.dtype != hidden_states.dtype:
             return weight * F.rms_norm(hidden_states, weight.shape, eps=eps)
-        if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        few_steps = type(hidden_states) is torch.Tensor and hidden_states.device.type == "cpu" and eps in _numbers
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not few_steps
+            or hidden_states.shape[-1] != len(weight)
+        ):
             return F.rms_norm(hidden_states, weight.shape, weight, eps)
         # PyTorch has a kernel for it on GPUs only; this takes fewer operations than what it does on a CPU
         wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.addcmul(_number(eps), norm, norm, value=1 / hidden_states.shape[-1]).rsqrt()
+        scale = torch.addcmul(_numbers[eps], norm, norm, value=1 / hidden_states.shape[-1]).rsqrt()
         normed = hidden_states * scale * weight
         return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)
 

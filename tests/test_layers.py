@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_deepseek.layers import DeepseekMLP, DeepseekRMSNorm
 
@@ -60,3 +61,34 @@ def test_the_mlp_uses_the_activation_it_is_told():
 def test_the_mlp_has_the_official_names_and_shapes():
     shapes = {name: tuple(parameter.shape) for name, parameter in DeepseekMLP(8, 16).named_parameters()}
     assert shapes == {"gate_proj.weight": (16, 8), "up_proj.weight": (16, 8), "down_proj.weight": (8, 16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rms_norm_without_gradients_is_the_one_with_them(dtype):
+    """On a CPU it takes other operations then."""
+    norm, x = DeepseekRMSNorm(64).to(dtype), torch.randn(9, 64).to(dtype) * 30
+    norm.weight.data.uniform_()
+    x[0], x[1, 5] = 0, float("inf")
+    with_gradients = norm(x).detach()
+    with torch.no_grad():
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(norm(x), with_gradients, rtol=tolerance, atol=tolerance, equal_nan=True)
+        with pytest.raises(RuntimeError, match="shape"):
+            norm(torch.ones(2, 1, dtype=dtype))
+
+
+def test_rms_norm_has_second_derivatives_also_of_zeros():
+    norm, x = DeepseekRMSNorm(8).double(), torch.zeros(1, 8, dtype=torch.double, requires_grad=True)
+    (first,) = torch.autograd.grad((norm(x) * torch.arange(8.0)).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert not second.any()
+
+
+def test_rms_norm_works_where_tensors_are_pretended():
+    norm, x = DeepseekRMSNorm(64), torch.randn(2, 64)
+    with torch.no_grad():
+        norm(x)
+        with FakeTensorMode():
+            assert DeepseekRMSNorm(64)(torch.ones(2, 64)).shape == (2, 64)
+    gradient = torch.func.grad(lambda x: norm(x).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.autograd.functional.jacobian(lambda x: norm(x).square().sum(), x))

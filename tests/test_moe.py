@@ -343,3 +343,7 @@ def test_a_model_in_fp64_learns():
     ids = tiny_tokens(model.config)
     model(ids, labels=ids).loss.backward()
     assert model.model.layers[1].mlp.experts.down_proj.grad.dtype == torch.float64
+    model.eval()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
+        torch.testing.assert_close(compiled, model(ids).logits, rtol=1e-4, atol=1e-6)  # the router is in fp32

@@ -269,14 +269,14 @@ class DeepseekForCausalLM(TrainingObjectiveMixin, DeepseekPreTrainedModel, Conti
 
         loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
         if labels is not None:
-            loss = lm_loss = self.lm_loss(kept, logits, labels, **kwargs)
+            loss = lm_loss = self._lm_loss(kept, logits, labels, **kwargs)
         if mtp:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids, routing=routing)
             if output_mtp_logits:
                 mtp_logits = tuple(map(self.lm_head, depths))
             if labels is not None:
-                mtp_loss = self.mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
+                mtp_loss = self._mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
             if weight:
                 loss = lm_loss + weight / self.config.num_nextn_predict_layers * sum(mtp_loss)
         if routing is not None:

@@ -24,9 +24,8 @@ from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
 FEW_TOKENS, MANY_TOKENS = 1, 512
-WIDE_PAIRS = (
-    16  # tokens per expert from which weights in 16 bits are worth a conversion where a CPU is slow at them: measured
-)
+# Tokens per expert from which a CPU that is slow at 16 bits is faster when it converts the weights: measured
+TOKENS_TO_CONVERT = 16
 SMALL_WEIGHTS = 2**20  # of the chosen experts together: copying them costs less than asking for each
 
 
@@ -51,8 +50,8 @@ def auto_experts_forward(
 ) -> torch.Tensor:
     """The implementation that is fastest for so many tokens on this device; all give the same but for rounding."""
     tokens, arguments = hidden_states.shape[0], (hidden_states, top_k_index, top_k_weights)
-    if hidden_states.dtype == torch.float64:  # which PyTorch's grouped product does not take
-        return sorted_loop(experts, *arguments)
+    if hidden_states.dtype == torch.float64 and not torch.compiler.is_compiling():
+        return sorted_loop(experts, *arguments)  # PyTorch's grouped product has no fp64
     if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for any number of tokens
         return grouped_mm_experts_forward(experts, *arguments)
     if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU
@@ -62,7 +61,7 @@ def auto_experts_forward(
     if weights <= SMALL_WEIGHTS and not getattr(experts, "_is_expert_parallel", True):  # transformers 5.17 does not say
         return gathered_experts_forward(experts, *arguments)
     slow = hidden_states.dtype == experts.gate_up_proj.dtype and not has_fast_gemm("cpu", hidden_states.dtype)
-    if slow and not torch.compiler.is_compiling() and top_k_index.numel() >= WIDE_PAIRS * experts.num_experts:
+    if slow and not torch.compiler.is_compiling() and top_k_index.numel() >= TOKENS_TO_CONVERT * experts.num_experts:
         return sorted_experts_forward(experts, *arguments, torch.float32)
     if torch.compiler.is_compiling() or FEW_TOKENS < tokens < MANY_TOKENS:
         return grouped_mm_experts_forward(experts, *arguments)

@@ -29,11 +29,11 @@ class TrainingObjectiveMixin:
     def loss_function(self, value) -> None:
         self._loss_function = value
 
-    def lm_loss(self, states, logits, labels, **kwargs) -> torch.Tensor:
+    def _lm_loss(self, states, logits, labels, **kwargs) -> torch.Tensor:
         """The next-token loss of `logits` `[B, S, V]`; `None`: of what the head makes of `states` `[B, S, d]`, in pieces."""
-        kwargs["vocab_size"] = self.config.vocab_size
         if logits is not None:
-            return self.loss_function(logits=logits, labels=labels, **kwargs)
+            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        kwargs["vocab_size"] = self.config.vocab_size
         targets, items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         ignored = kwargs.get("ignore_index", -100)
         if targets is None:
@@ -52,7 +52,7 @@ class TrainingObjectiveMixin:
         chosen = self.loss_function
         return chosen if "shift_labels" in inspect.signature(chosen).parameters else causal_lm_loss
 
-    def mtp_loss(
+    def _mtp_loss(
         self,
         depths,
         mtp_logits,

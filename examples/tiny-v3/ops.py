@@ -435,6 +435,11 @@ def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
     return fits and weight.numel() >= at_least and kernels_available()
 
 
+def multiplies_in_c(weight: torch.Tensor, tokens: int, dtype: torch.dtype) -> bool:
+    """Whether so many tokens in `dtype` meet this FP8 weight, or one of a stack of them, in C."""
+    return 0 < tokens <= C_MAX_TOKENS and dtype != torch.float64 and has_c_form(weight, C_MIN_WEIGHTS)
+
+
 def blocks_of(weight: torch.Tensor, block_size: tuple[int, int]) -> tuple[int, ...]:
     """Of a weight `[m, n]`: `(ceil(m / rows), ceil(n / columns))`, the last ones partial."""
     return tuple(-(-size // block) for size, block in zip(weight.shape, block_size, strict=True))
@@ -449,7 +454,7 @@ def dequantizing_product(
     Its plain twin is `F.linear(x, dequantize(weight, scale, block_size))`, up to the order of the sums.
     """
     tokens = x.numel() // max(1, x.shape[-1])
-    if not 0 < tokens <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weight, C_MIN_WEIGHTS):
+    if not multiplies_in_c(weight, tokens, x.dtype):
         return None
     if x.shape[-1] != weight.shape[1] or tuple(scale.shape) != blocks_of(weight, block_size):
         return None  # what is left to PyTorch says what is wrong
@@ -471,7 +476,7 @@ def dequantizing_products(
     weight meets many tokens.
     """
     most = max((end - start for start, end in itertools.pairwise(starts)), default=0)
-    if not 0 < most <= C_MAX_TOKENS or x.dtype == torch.float64 or not has_c_form(weights, C_MIN_WEIGHTS):
+    if not multiplies_in_c(weights, most, x.dtype):
         return None
     expected = (len(weights), *blocks_of(weights[0], block_size))
     if x.shape[-1] != weights.shape[2] or tuple(scales.shape) != expected:

@@ -83,11 +83,16 @@ def recomputed(by: Callable | None, function: Callable, *inputs: torch.Tensor) -
     block, its result itself stays in memory: both are computed again, once, when the first of them is asked for. So the steps
     in the block must keep the result itself or views of it, as products and attention kernels do. `None` keeps everything.
     """
-    return nullcontext(function(*inputs)) if by is None else _recomputed(by, function, *inputs)
+    if by is None and not torch.compiler.is_compiling():  # some versions of which lose what nullcontext was given
+        return nullcontext(function(*inputs))
+    return _recomputed(by, function, *inputs)
 
 
 @contextmanager
-def _recomputed(by: Callable, function: Callable, *inputs: torch.Tensor) -> Iterator:
+def _recomputed(by: Callable | None, function: Callable, *inputs: torch.Tensor) -> Iterator:
+    if by is None:
+        yield function(*inputs)
+        return
     if torch.is_autocast_enabled(inputs[0].device.type):
         logger.warning_once(
             "Selective recomputation saves little under autocast, which keeps its own copies of what is recomputed: load the "
