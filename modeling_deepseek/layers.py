@@ -29,18 +29,14 @@ class DeepseekRMSNorm(nn.Module):
         weight, eps = self.weight, self.variance_epsilon
         if weight.dtype != hidden_states.dtype:
             return weight * F.rms_norm(hidden_states, weight.shape, eps=eps)
-        few_steps = type(hidden_states) is torch.Tensor and hidden_states.device.type == "cpu" and eps in _numbers
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not few_steps
-            or hidden_states.shape[-1] != len(weight)
-        ):
+        width, number = hidden_states.shape[-1], _numbers.get(eps)
+        few_steps = hidden_states.is_cpu and type(hidden_states) is torch.Tensor and number is not None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not few_steps or weight.numel() != width:
             return F.rms_norm(hidden_states, weight.shape, weight, eps)
         # PyTorch has a kernel for it on GPUs only; this takes fewer operations than what it does on a CPU
         wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.addcmul(_numbers[eps], norm, norm, value=1 / hidden_states.shape[-1]).rsqrt()
+        scale = torch.addcmul(number, norm, norm, value=1 / width).rsqrt()
         normed = hidden_states * scale * weight
         return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)
 
