@@ -178,7 +178,12 @@ def blocked_causal_attention(
     for start in range(0, length, step):
         end = min(start + step, length)
         seen = end if mask is None else keys
-        scores = torch.matmul(query[:, :, start:end] * scaling, key[..., :seen])
+        if (
+            seen <= query.shape[-1] and compute != torch.float16
+        ):  # whose range ends at 65504: the fewer numbers are scaled
+            scores = torch.matmul(query[:, :, start:end], key[..., :seen]).mul_(scaling)
+        else:
+            scores = torch.matmul(query[:, :, start:end] * scaling, key[..., :seen])
         if mask is None:
             hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
             scores[..., start:].masked_fill_(hidden, float("-inf"))
