@@ -237,7 +237,7 @@ def test_few_tokens_pass_over_experts_that_are_served_elsewhere():
 def test_auto_takes_a_form_by_the_number_of_tokens(tokens, small, form, monkeypatch):
     """The sorted loop is the module's own; under gradients it is grouped_mm."""
     experts, x = built(DeepseekExperts, "v3", "auto"), torch.randn(tokens, 48)
-    experts._is_expert_parallel = False  # as of 5.17 transformers does not say
+    experts._is_expert_parallel = False  # transformers 5.17 does not say
     chosen, gates = routing(tokens)
     monkeypatch.setattr(moe, "SMALL_WEIGHTS", small)
     taken = []
