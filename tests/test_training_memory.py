@@ -1,7 +1,6 @@
-"""What training keeps in memory: selective recomputation, the loss in pieces, and gradients of experts without tokens."""
+"""What training keeps in memory: selective recomputation, and gradients of experts without tokens."""
 
 import copy
-import gc
 import socket
 from collections import Counter
 
@@ -14,9 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from modeling_deepseek import loss
 from modeling_deepseek.load_balance import ExpertLoad
 from test_training import trained
 from tiny import tiny_model, tiny_tokens
@@ -45,12 +42,12 @@ class LiveMemory(TorchDispatchMode):
         return sum(size for storage, size in self.sizes.values() if not storage.expired())
 
 
-def step(model, mode=None, **inputs) -> tuple[torch.Tensor, list[torch.Tensor | None], int]:
+def step(model, mode=None, tokens=24, **inputs) -> tuple[torch.Tensor, list[torch.Tensor | None], int]:
     """Loss and gradients of `model` in training, and bytes that its forward leaves for the backward pass."""
     model.train()
     if mode is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"mode": mode})
-    ids = tiny_tokens(model.config, 2, 24)
+    ids = tiny_tokens(model.config, 2, tokens)
     torch.manual_seed(3)
     with LiveMemory() as memory:
         loss = model(input_ids=ids, labels=ids, **dict(use_cache=False) | inputs).loss
@@ -196,171 +193,6 @@ def test_the_mode_is_that_of_the_last_call():
 def test_modes_that_are_none_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_model("v3").gradient_checkpointing_enable(options)
-
-
-# --- the loss -----------------------------------------------------------------------------------------------------------
-
-LABELS = torch.randint(97, (3, 11), generator=torch.Generator().manual_seed(1))
-LABELS[0, :4], LABELS[2, 7:] = -100, -100
-CASES = {
-    "mean": (LABELS, {}),
-    "items": (LABELS, dict(num_items_in_batch=torch.tensor(40))),
-    "items as a number": (LABELS, dict(num_items_in_batch=40)),
-    "other index": (LABELS.masked_fill(LABELS == -100, 5), dict(ignore_index=5)),
-    "shifted labels": (None, dict(shift_labels=LABELS, num_items_in_batch=7)),
-    "arguments of others": (LABELS, dict(some_keyword=1)),
-}
-
-
-@pytest.fixture
-def pieces(monkeypatch):
-    monkeypatch.setattr(loss, "LOSS_PIECE_CPU", 97 * 4)  # 4 of 33 rows
-    monkeypatch.setattr(loss, "LOSS_ROWS", 10)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("labels", "options"), CASES.values(), ids=CASES)
-def test_the_loss_is_that_of_transformers(labels, options, dtype, pieces):
-    logits = (5 * torch.randn(3, 11, 97)).to(dtype)
-    found = []
-    for function in (ForCausalLMLoss, loss.causal_lm_loss):
-        own = logits.clone().requires_grad_()
-        value = function(own, labels, 97, **options)
-        (3 * value).backward()
-        found.append((value.detach(), own.grad))
-    assert found[1][0].dtype == torch.float32
-    assert found[1][1].dtype == dtype
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)
-    one_ulp = 1e-6 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=one_ulp, atol=1e-8)
-
-
-def test_a_batch_without_targets_has_the_loss_of_transformers():
-    logits, labels = torch.randn(1, 5, 97), torch.full((1, 5), -100)
-    assert ForCausalLMLoss(logits, labels, 97).isnan()
-    assert loss.causal_lm_loss(logits, labels, 97).isnan()
-    assert loss.causal_lm_loss(logits, labels, 97, num_items_in_batch=3) == 0
-
-
-@pytest.mark.parametrize("options", [{}, dict(num_items_in_batch=0), dict(num_items_in_batch=torch.tensor(0))])
-@pytest.mark.parametrize("family", ["v2", "v3"])
-def test_a_batch_without_targets_moves_no_weight(family, options):
-    depth = dict(num_nextn_predict_layers=1) if family == "v3" else dict(aux_loss_alpha=0.1)
-    for training_logits in (True, False):
-        model = tiny_model(family, training_logits=training_logits, **depth).train()
-        ids = tiny_tokens(model.config)
-        model(ids, labels=torch.full_like(ids, -100), use_cache=False, **options).loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan")])
-def test_logits_without_a_target_do_not_matter(value):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(1, 6, 11), torch.randint(1, 11, (1, 6))
-    labels[0, 3], logits[0, 2] = -100, value
-    logits[0, :, 0] = float("-inf")  # a token that is suppressed
-    found = []
-    for function in (loss.causal_lm_loss, ForCausalLMLoss):
-        own = logits.clone().requires_grad_()
-        value = function(own, labels, 11)
-        found.append((value, *torch.autograd.grad(value, own)))
-    (loss_of_ours, ours), (loss_of_theirs, theirs) = found
-    torch.testing.assert_close(loss_of_ours, loss_of_theirs)
-    assert not ours[0, 2].any()  # where transformers' own may have NaN
-    seen = torch.arange(6) != 2
-    torch.testing.assert_close(ours[:, seen], theirs[:, seen])
-
-
-def test_a_graph_that_is_dropped_leaves_nothing():
-    model = tiny_model("v3", num_nextn_predict_layers=1).train()
-    model.gradient_checkpointing_enable({"mode": "selective"})
-    ids, left = tiny_tokens(model.config), []
-    for _ in range(3):
-        model(ids, labels=ids, use_cache=False).loss  # noqa: B018
-        gc.collect()
-        left.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
-    assert left[1] == left[2]
-
-
-def test_a_loss_function_of_whole_rows_is_the_main_loss_alone():
-    def own(logits, labels, vocab_size, **kwargs):
-        return torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].reshape(-1))
-
-    expected = None
-    for function in (None, own):
-        model = tiny_model("v3", num_nextn_predict_layers=1).train()
-        if function:
-            model.loss_function = function
-        ids = tiny_tokens(model.config)
-        output = model(ids, labels=ids, use_cache=False)
-        expected = output if expected is None else expected
-        torch.testing.assert_close(output.loss, expected.loss)
-        torch.testing.assert_close(output.mtp_loss, expected.mtp_loss)
-    model.config.training_logits = False
-    with pytest.raises(ValueError, match="takes no shift_labels.*set training_logits to True"):
-        model(ids, labels=ids, use_cache=False)
-
-
-def test_logits_to_keep_mean_the_same_in_pieces():
-    found = []
-    for training_logits in (True, False):
-        model = tiny_model("llm", training_logits=training_logits).train()
-        ids = tiny_tokens(model.config)
-        found.append(model(ids, labels=ids[:, -3:], logits_to_keep=3, use_cache=False).loss)
-    torch.testing.assert_close(*found)
-
-
-def test_a_label_outside_of_the_vocabulary_is_an_error():
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        loss.causal_lm_loss(torch.randn(1, 5, 97), torch.full((1, 5), 97), 97)
-
-
-@pytest.mark.parametrize("options", [{}, dict(num_items_in_batch=31), dict(ignore_index=7)], ids=str)
-def test_without_training_logits_loss_and_gradients_are_the_same(options, pieces):
-    model = tiny_model("v3", num_nextn_predict_layers=1, **BALANCED)
-    expected = step(model, **options)
-    other = tiny_model("v3", num_nextn_predict_layers=1, training_logits=False, **BALANCED)
-    assert_same(step(other, **options), expected, rtol=1e-5, atol=1e-6)
-    ids = tiny_tokens(model.config)
-    assert other(ids, labels=ids).logits is None
-    assert other(ids).logits.shape == other.eval()(ids, labels=ids).logits.shape == (2, 10, 97)
-
-
-def test_a_loss_function_that_was_set_is_called(monkeypatch):
-    asked = []
-
-    def ours(logits, labels, shift_labels=None, **kwargs):
-        asked.append(logits)
-        return logits.float().square().mean()
-
-    model = tiny_model("v3").train()
-    ids = tiny_tokens(model.config)
-    assert model.loss_function is loss.causal_lm_loss
-    monkeypatch.setitem(LOSS_MAPPING, "ForCausalLM", ours)
-    output = model(ids, labels=ids, use_cache=False)
-    assert asked[-1] is output.logits
-    monkeypatch.undo()
-    model.loss_function = ForCausalLMLoss
-    assert model.loss_function is ForCausalLMLoss
-    model.loss_function = ours
-    output = model(ids, labels=ids, use_cache=False)
-    assert asked[-1] is output.logits
-    assert output.loss == output.logits.square().mean()
-    model.config.training_logits = False
-    model(ids, labels=ids, use_cache=False)
-    assert asked[-1].shape == (20, 97)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_never_all_there_in_fp32(dtype, pieces):
-    logits = torch.randn(40, 97).to(dtype).requires_grad_()
-    with LiveMemory() as memory:
-        loss.causal_lm_loss(logits, None, 97, shift_labels=torch.ones(40, dtype=torch.long)).backward()
-    sizes = [size for _, size in memory.made if size >= 2 * logits.numel()]
-    assert sizes == [logits.nbytes] * 2  # the logits themselves, in a view, and their gradient
-    memory = step(tiny_model("v3", training_logits=False))[2]
-    assert step(tiny_model("v3"))[2] - memory > 48 * 97 * 4 * 0.7
 
 
 # --- experts without tokens -----------------------------------------------------------------------------------------------
