@@ -90,14 +90,19 @@ def _block_scaled_product(
     )
 
 
+def _ceil(number: int, divisor: int) -> int:
+    """Triton's own `cdiv` cannot be traced by torch.compile."""
+    return -(-number // divisor)
+
+
 def quantize_rows(x: torch.Tensor, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`x` `[M, K]` -> E4M3 `[M, K]` and fp32 scales `[M, ceil(K / 128)]`."""
     rows, columns = x.shape
-    groups = triton.cdiv(columns, GROUP)
+    groups = _ceil(columns, GROUP)
     quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     tile = 1 if rows <= 16 else 16
-    _quantize_rows[triton.cdiv(rows, tile), groups](
+    _quantize_rows[_ceil(rows, tile), groups](
         x.contiguous(), quantized, scales, rows, columns, UE8M0=ue8m0, ROWS=tile, GROUP=GROUP, FP8_MAX=448.0
     )
     return quantized, scales
@@ -107,11 +112,14 @@ def block_scaled_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, weight_rows: int, ue8m0: bool
 ) -> torch.Tensor:
     """`x` `[M, K]` times the E4M3 `weight` `[N, K]` with a scale per `weight_rows` x 128: `[M, N]` in the dtype of `x`."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):  # where Triton launches
+            return block_scaled_product(x, weight, scale, weight_rows, ue8m0)
     (rows, inner), columns = x.shape, weight.shape[0]
     quantized, x_scales = quantize_rows(x, ue8m0)
     output = x.new_empty(rows, columns)
     tile = next((tile for most, tile in _TILES.items() if rows <= most), _LARGE)
-    _block_scaled_product[triton.cdiv(columns, tile[1]), triton.cdiv(rows, tile[0])](
+    _block_scaled_product[_ceil(columns, tile[1]), _ceil(rows, tile[0])](
         quantized,
         x_scales,
         weight.contiguous(),

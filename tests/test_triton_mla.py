@@ -181,6 +181,35 @@ def test_tiles_fit_the_shared_memory(rows, shared, monkeypatch):
     assert shared < 232448 or (tile, tokens, stages) == ((16, 64, 3) if rows <= 16 else (64, 32, 4))
 
 
+def test_a_tile_that_triton_finds_too_large_is_not_asked_for_again(monkeypatch):
+    """As Triton 3.6 does on a B200, where it wants one buffer more than elsewhere."""
+    kernel, asked = triton_mla._attend_split, []
+
+    class Strict:
+        def __getitem__(self, grid):
+            def launch(*args, TOKENS, STAGES, **kwargs):
+                asked.append((TOKENS, STAGES))
+                if TOKENS * STAGES > 32:
+                    raise triton_mla.OutOfResources(291872, 232448, "shared memory")
+                kernel[grid](*args, TOKENS=TOKENS, STAGES=STAGES, **kwargs)
+
+            return launch
+
+    monkeypatch.setattr(triton_mla, "_TILES", {16: (4, ((32, 3), (32, 2), (32, 1))), 64: SMALL_TILES[64]})
+    monkeypatch.setattr(triton_mla, "_too_large", set())
+    monkeypatch.setattr(triton_mla, "_attend_split", Strict())
+    tensors = inputs(keys=130)
+    mask = causal(1, 130).expand(2, 1, 1, 130).clone()
+    mask[0, ..., :50] = False
+    for _ in range(2):
+        ours = triton_mla.mla_decode(*tensors, 0.2, mask)
+        torch.testing.assert_close(ours.double(), attend(*tensors, mask=mask), rtol=0, atol=5e-6)
+    assert asked == [(32, 3), (32, 2), (32, 1), (32, 1)]
+    monkeypatch.setattr(triton_mla, "_TILES", {16: (4, ((32, 3),)), 64: SMALL_TILES[64]})
+    with pytest.raises(ValueError, match="do not fit"):
+        triton_mla.mla_decode(*tensors, 0.2)
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "keys", "splits"),
     [(1, 16, 131072, 132), (1, 16, 4096, 32), (32, 16, 4096, 4), (32, 128, 4096, 2), (200, 16, 4096, 3), (1, 16, 5, 1)],

@@ -9,8 +9,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import logging
 
+from .attention import plain_weight
 from .balance import Routing, new_routing, share_of_step, targets_of
-from .loss import causal_lm_loss, loss_of_states, shifted
+from .loss import causal_lm_loss, loss_of_states, loss_of_weight, shifted
 from .mtp import mtp_targets
 
 logger = logging.get_logger(__name__)
@@ -45,7 +46,15 @@ class TrainingObjectiveMixin:
                 f"config.training_logits is False, and the model's loss function, {self.loss_function}, takes no shift_labels, so "
                 "that it cannot be computed in pieces: set training_logits to True."
             )
-        return loss_of_states(self.lm_head, self.loss_function, states, targets.to(states.device), items, **kwargs)
+        return self._loss_of_states(states, targets.to(states.device), items, **kwargs)
+
+    def _loss_of_states(self, states: torch.Tensor, targets: torch.Tensor, items, **kwargs) -> torch.Tensor:
+        """The loss of what the head makes of `states` `[B, S, d]`, whose logits are never all there."""
+        head, chosen, loss = self.lm_head, self._loss_of_rows(), None
+        weight = plain_weight(head) if chosen is causal_lm_loss and head.bias is None else None
+        if weight is not None:
+            loss = loss_of_weight(weight, states, targets, items, kwargs.get("ignore_index", -100))
+        return loss_of_states(head, chosen, states, targets, items, **kwargs) if loss is None else loss
 
     def _loss_of_rows(self):
         """The loss function where it takes logits and targets that lie behind each other; else cross entropy."""
@@ -85,7 +94,7 @@ class TrainingObjectiveMixin:
                 targets = targets.masked_fill((attention_mask[:, :width] == 0) | (reached == 0), -100)
             items = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             if mtp_logits is None:
-                losses.append(loss_of_states(self.lm_head, self._loss_of_rows(), states, targets, items, **kwargs))
+                losses.append(self._loss_of_states(states, targets, items, **kwargs))
                 continue
             given = dict(shift_labels=targets, num_items_in_batch=items)
             losses.append(self._loss_of_rows()(logits=mtp_logits[depth - 1], labels=None, **given, **kwargs))

@@ -11,8 +11,10 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 except ImportError:
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=lambda value: value)
+    OutOfResources = ()
 
 AVAILABLE = hasattr(triton, "cdiv")
 LOG2_E = 1.4426950408889634
@@ -35,6 +37,7 @@ MIN_BLOCKS = 2  # of a split: a shorter one costs as much to combine as to read
 MAX_SPLITS = 256
 SCAN = 16  # blocks whose mask is looked at together
 COMBINED = 8192  # partial results that a program adds up: 64 registers per thread
+_too_large: set[tuple] = set()  # tiles for which Triton wanted more than was reckoned, which its version decides
 
 
 @triton.jit
@@ -290,8 +293,9 @@ def mla_decode(
     processors, shared = _device(latent.device)
     rank_tile, rope_tile = (max(16, _power_of_2(width)) for width in (rank, rope))
     item = q_latent.element_size()
-    rows, tokens, stages, warps = _tile(heads * queries, rank_tile, rope_tile, item, shared)
+    tile = rows, tokens, stages, warps = _tile(heads * queries, rank_tile, rope_tile, item, shared)
     row_blocks = _ceil(heads * queries, rows)
+    given = splits
     if splits is None:
         splits = _splits(batch * row_blocks, _ceil(length, tokens), processors)
     if mask is not None:
@@ -300,46 +304,50 @@ def mla_decode(
     contexts = latent.new_empty((batch, splits, heads * queries, rank), dtype=torch.float32)
     highs, totals = (latent.new_empty(contexts.shape[:3], dtype=torch.float32) for _ in range(2))
     output = q_latent.new_empty((heads, batch, queries, rank)).transpose(0, 1)  # as the product with w_uv reads it
-    _attend_split[row_blocks, splits, batch](
-        q_latent,
-        q_rope,
-        latent,
-        k_rope,
-        scales,
-        mask,
-        starts,
-        ends,
-        contexts,
-        highs,
-        totals,
-        heads,
-        queries,
-        length,
-        scaling * LOG2_E,
-        *q_latent.stride()[:3],
-        *q_rope.stride()[:3],
-        *latent.stride()[:2],
-        *k_rope.stride()[:2],
-        *((0, 0) if scales is None else scales.stride()),
-        *((0, 0, 0) if mask is None else (mask.stride(0), mask.stride(2), mask.stride(3))),
-        RANK=rank,
-        ROPE=rope,
-        RANK_TILE=rank_tile,
-        ROPE_TILE=rope_tile,
-        ROWS=rows,
-        TOKENS=tokens,
-        STAGES=stages,
-        SCAN=SCAN,
-        CAUSAL=causal,
-        MASKED=mask is not None,
-        ONE=queries == 1,
-        SCALED=scales is not None,
-        STARTS=starts is not None,
-        ENDS=ends is not None,
-        ROWS_FIRST=rows >= 64,
-        UPCAST=not latent.is_cuda,
-        num_warps=warps if scales is None else 8,  # which converts the latents in registers
-    )
+    try:
+        _attend_split[row_blocks, splits, batch](
+            q_latent,
+            q_rope,
+            latent,
+            k_rope,
+            scales,
+            mask,
+            starts,
+            ends,
+            contexts,
+            highs,
+            totals,
+            heads,
+            queries,
+            length,
+            scaling * LOG2_E,
+            *q_latent.stride()[:3],
+            *q_rope.stride()[:3],
+            *latent.stride()[:2],
+            *k_rope.stride()[:2],
+            *((0, 0) if scales is None else scales.stride()),
+            *((0, 0, 0) if mask is None else (mask.stride(0), mask.stride(2), mask.stride(3))),
+            RANK=rank,
+            ROPE=rope,
+            RANK_TILE=rank_tile,
+            ROPE_TILE=rope_tile,
+            ROWS=rows,
+            TOKENS=tokens,
+            STAGES=stages,
+            SCAN=SCAN,
+            CAUSAL=causal,
+            MASKED=mask is not None,
+            ONE=queries == 1,
+            SCALED=scales is not None,
+            STARTS=starts is not None,
+            ENDS=ends is not None,
+            ROWS_FIRST=rows >= 64,
+            UPCAST=not latent.is_cuda,
+            num_warps=warps if scales is None else 8,  # which converts the latents in registers
+        )
+    except OutOfResources:
+        _too_large.add((tile, rank_tile, rope_tile, item, shared))
+        return mla_decode(q_latent, q_rope, latent, k_rope, scaling, mask, causal, starts, ends, scales, given)
     pieces = _power_of_2(splits)
     columns = min(rank_tile, COMBINED // pieces)
     _combine_splits[heads * queries, _ceil(rank, columns), batch](
@@ -381,8 +389,10 @@ def _tile(rows: int, rank: int, rope: int, item: int, shared: int) -> tuple[int,
     for tile in (16,) if rows <= 16 else (64, 16):
         warps, blocks = _TILES[tile]
         for tokens, stages in blocks:
-            if item * (tile * (rank + rope) + tokens * (stages * rank + rope + tile)) <= shared:
-                return tile, tokens, stages, warps
+            found = tile, tokens, stages, warps
+            fits = item * (tile * (rank + rope) + tokens * (stages * rank + rope + tile)) <= shared
+            if fits and (found, rank, rope, item, shared) not in _too_large:
+                return found
     raise ValueError(f"Latents of {rank} + {rope} items do not fit the {shared} bytes of this GPU's shared memory.")
 
 
