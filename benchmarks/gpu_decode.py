@@ -1,6 +1,7 @@
 """The latent decode kernel on a GPU: bytes and operations per second, beside a copy of memory and the plain torch form.
 
     python benchmarks/gpu_decode.py [--batches 1 32] [--contexts 4096 32768 131072] [--heads 16 128] [--queries 1] [--rounds 30]
+    python benchmarks/gpu_decode.py --beside fa3 flashinfer flashmla     # and other kernels, where they are installed
     python benchmarks/gpu_decode.py --sweep     # every tile of the table in triton_mla.py, to choose the best
     python benchmarks/gpu_decode.py --smoke     # one tiny shape; on a CPU with TRITON_INTERPRET=1, where times mean nothing
 
@@ -10,6 +11,7 @@ latent and rope key once, as the kernel should read them. A result further than 
 """
 
 import argparse
+import functools
 import math
 import statistics
 import time
@@ -17,7 +19,7 @@ from itertools import product
 
 import torch
 
-from modeling_deepseek import triton_mla
+from modeling_deepseek import hub_kernels, triton_mla
 
 RANK, ROPE, SCALING = 512, 64, 192**-0.5
 TOLERANCE = 0.02  # relative, of the norms
@@ -54,18 +56,49 @@ def kernel(**tensors: torch.Tensor) -> torch.Tensor:
     return triton_mla.mla_decode(**tensors, scaling=SCALING)
 
 
-def error(tensors: dict) -> float:
-    """Of the kernel, for the first and the last row of the batch, relative to the plain form in fp32."""
-    ours, found = kernel(**tensors), []
+def in_pages(q_latent, q_rope, latent, k_rope) -> dict:
+    """What FlashMLA wants: query and key in one row each, the cache in pages of 64 tokens, and a plan."""
+    from flash_mla import get_mla_metadata
+
+    (batch, heads, queries, _), length, device = q_latent.shape, latent.shape[1], latent.device
+    pages = -(-length // 64)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    plan, splits = get_mla_metadata(lengths, queries * heads, 1)
+    return dict(
+        q=torch.cat((q_latent, q_rope), -1).transpose(1, 2),
+        k_cache=torch.nn.functional.pad(torch.cat((latent, k_rope), -1), (0, 0, 0, 64 * pages - length)).view(
+            batch * pages, 64, 1, -1
+        ),
+        block_table=torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
+        cache_seqlens=lengths,
+        tile_scheduler_metadata=plan,
+        num_splits=splits,
+    )
+
+
+def flashmla(**paged) -> torch.Tensor:
+    from flash_mla import flash_mla_with_kvcache
+
+    return flash_mla_with_kvcache(**paged, head_dim_v=RANK, softmax_scale=SCALING)[0].transpose(1, 2)
+
+
+# name -> what it makes of the arguments before it is timed, and what is timed
+BESIDE = {name: (dict, functools.partial(form, scaling=SCALING)) for name, form in hub_kernels.DECODES.items()}
+BESIDE["flashmla"] = (in_pages, flashmla)
+
+
+def error(output: torch.Tensor, tensors: dict) -> float:
+    """Of an output, in the first and the last row of the batch, relative to the plain form in fp32."""
+    found = []
     for row in (slice(0, 1), slice(-1, None)):
         wanted = plain(**{name: tensor[row].float() for name, tensor in tensors.items()})
-        found.append(((ours[row].float() - wanted).norm() / wanted.norm()).item())
+        found.append(((output[row].float() - wanted).norm() / wanted.norm()).item())
     return max(found)
 
 
 def seconds(form, copies: list, rounds: int) -> list[float]:
     """Seconds per call, of `rounds` rounds over `copies`."""
-    if copies[0]["latent"].device.type != "cuda":
+    if next(iter(copies[0].values())).device.type != "cuda":
         times = []
         for _ in range(rounds):
             start = time.perf_counter()
@@ -109,7 +142,7 @@ def spread(values: list[float]) -> str:
 def row(shape: tuple[int, int, int, int], args: argparse.Namespace, device: str, copied: float) -> str:
     batch, heads, queries, context = shape
     tensors = make(*shape, args.latents, device)
-    wrong = error(tensors)
+    wrong = error(kernel(**tensors), tensors)
     if not wrong < TOLERANCE:
         raise SystemExit(f"wrong: relative error {wrong:.1e} at batch {batch}, context {context}, {heads} heads")
     read = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("q_"))
@@ -118,12 +151,19 @@ def row(shape: tuple[int, int, int, int], args: argparse.Namespace, device: str,
     middle = statistics.median(ours)
     operations = 2 * batch * heads * queries * context * (2 * RANK + ROPE)
     rates = f"{read / middle / 1e9:.0f} | {100 * read / middle / copied:.0f} % | {operations / middle / 1e12:.1f}"
-    try:
-        theirs = seconds(plain, copies, args.rounds)
-        beside = f"{spread(theirs)} | {statistics.median(theirs) / middle:.1f}x"
-    except torch.OutOfMemoryError:
-        beside = "out of memory |"
-    return f"| {batch} | {context} | {heads} | {queries} | {spread(ours)} | {rates} | {beside} | {wrong:.1e} |"
+    beside = []
+    for prepare, form in ((dict, plain), *(BESIDE[name] for name in args.beside)):
+        try:
+            prepared = [prepare(**each) for each in copies]
+            if not error(form(**prepared[0]), tensors) < TOLERANCE:
+                beside.append("wrong |")
+                continue
+            theirs = seconds(form, prepared, args.rounds)
+            beside.append(f"{spread(theirs)} | {statistics.median(theirs) / middle:.1f}x")
+        except Exception as problem:  # out of memory, not installed, not for this GPU or these heads
+            beside.append(f"{(str(problem) or type(problem).__name__).splitlines()[0][:60]} |")
+    cells = (batch, context, heads, queries, spread(ours), rates, f"{wrong:.1e}", *beside)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def copies_of(tensors: dict, read: int, args: argparse.Namespace) -> list[dict]:
@@ -160,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, nargs="+", default=[1])
     parser.add_argument("--latents", choices=["bfloat16", *EIGHT_BITS], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--beside", nargs="+", default=[], choices=list(BESIDE))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(arguments)
@@ -180,12 +221,21 @@ def main(arguments: list[str] | None = None) -> None:
         for shape in shapes:
             sweep(shape, args, device)
         return
-    print(
-        "| batch | context | heads | new tokens | kernel, us: median (min - max) | GB/s | of the copy | TFLOPS | ",
-        end="",
-    )
-    print("plain torch, us: median (min - max) | kernel is faster | relative error |")
-    print("|" + "---|" * 11)
+    columns = [
+        "batch",
+        "context",
+        "heads",
+        "new tokens",
+        "kernel, us: median (min - max)",
+        "GB/s",
+        "of the copy",
+        "TFLOPS",
+    ]
+    columns += ["relative error"]
+    for name in ("plain torch", *args.beside):
+        columns += [f"{name}, us: median (min - max)", "kernel is faster"]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * len(columns))
     for shape in shapes:
         print(row(shape, args, device, copied), flush=True)
 

@@ -1,7 +1,10 @@
 """The latent decode kernel against its plain twin. Without a GPU it runs in Triton's interpreter."""
 
+import functools
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -284,7 +287,7 @@ def test_the_way_to_decode_is_chosen_by_name(monkeypatch):
     with pytest.raises(ValueError, match=r"all bf16, fp16 or fp32, got torch.float32, torch.float64"):
         ops.decodes_in_kernel([*tensors[:5], tensors[5].double()], None)
     monkeypatch.setattr(ops, "MLA_DECODE", "fast")
-    with pytest.raises(ValueError, match="'auto', 'kernel', 'fa3' or 'torch', got 'fast'"):
+    with pytest.raises(ValueError, match="'auto', 'kernel', 'fa3', 'flashinfer' or 'torch', got 'fast'"):
         ops.decodes_in_kernel(tensors, None)
 
 
@@ -356,6 +359,82 @@ def test_flash_attention_3_names_the_package_that_is_missing(monkeypatch):
         attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)
 
 
+class PagedAttention:
+    """What stands in for FlashInfer's `BatchMLAPagedAttentionWrapper`: it computes what its documentation says."""
+
+    made = []
+
+    def __init__(self, float_workspace_buffer):
+        assert float_workspace_buffer.nbytes == 128 * 2**20
+        self.plans = []
+        self.made.append(self)
+
+    def plan(self, *, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal, **planned):
+        assert (num_heads, head_dim_ckv, head_dim_kpe, page_size, causal) == (4, 20, 8, 1, False)
+        assert all(
+            planned[name].dtype == torch.int32 for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
+        )
+        self.plans.append(planned)
+
+    def run(self, *, q_nope, q_pe, ckv_cache, kpe_cache):
+        planned, found = self.plans[-1], []
+        assert (q_nope.dtype, ckv_cache.dtype) == (planned["q_data_type"], planned["kv_data_type"])
+        for row, end in enumerate(planned["qo_indptr"][1:].tolist()):
+            pages = planned["kv_indices"][planned["kv_indptr"][row] : planned["kv_indptr"][row + 1]]
+            assert len(pages) == planned["kv_len_arr"][row]
+            latent, k_rope = ckv_cache[pages, 0], kpe_cache[pages, 0]
+            scores = q_nope[end - 1] @ latent.T + q_pe[end - 1] @ k_rope.T
+            found.append((scores * planned["sm_scale"]).softmax(-1) @ latent)
+        return torch.stack(found)
+
+
+@pytest.fixture
+def flashinfer(monkeypatch):
+    module = ModuleType("flashinfer.mla")
+    module.BatchMLAPagedAttentionWrapper = PagedAttention
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", module)
+    monkeypatch.setattr(PagedAttention, "made", [])
+    monkeypatch.setattr(hub_kernels, "_planned", functools.cache(hub_kernels._Planned))
+    monkeypatch.setattr(ops, "MLA_DECODE", "flashinfer")
+    return PagedAttention.made
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("spare", [0, 9, "other", "strided"], ids=str)
+def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
+    """The cache as it lies, where both buffers have as many rows; else a copy. A plan serves every layer of a step."""
+    for keys in (30, 30, 31):
+        tensors = [tensor[:batch] if index < 4 else tensor for index, tensor in enumerate(absorbed_inputs(queries=1))]
+        held = [torch.randn(batch, keys + (spare if type(spare) is int else 9), width) for width in (20, 8)]
+        if spare == "other":
+            held[0] = torch.randn(batch, keys + 3, 20)
+        if spare == "strided":
+            held[1] = torch.randn(batch, keys + 9, 16)[..., ::2]
+        tensors[2:4] = (buffer[:, :keys].to(DEVICE) for buffer in held)
+        expected = absorbed_attention_reference(*tensors, 0.2)[0]
+        torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
+    (made,) = flashinfer
+    assert len(made.plans) == 2
+
+
+def test_flashinfer_decodes_the_tokens_that_triton_decodes(flashinfer, monkeypatch):
+    model = tiny_model("v3", attn_implementation="sdpa", kv_lora_rank=20, qk_rope_head_dim=8).to(DEVICE)
+    ids, generated = tiny_tokens(model.config, length=6).to(DEVICE), []
+    for way in ("flashinfer", "torch"):
+        monkeypatch.setattr(ops, "MLA_DECODE", way)
+        generated.append(model.generate(ids, max_new_tokens=5, do_sample=False))
+    assert torch.equal(*generated)
+    assert len(flashinfer[0].plans) == 4  # one per step, for all of its layers
+
+
+def test_flashinfer_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr(ops, "MLA_DECODE", "flashinfer")
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", None)
+    with pytest.raises(ImportError, match="flashinfer-python: install it"):
+        attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)
+
+
 def test_drafts_of_mtp_are_verified_the_same(forced):
     model = tiny_model("v3", attn_implementation="sdpa", num_nextn_predict_layers=1).to(DEVICE)
     ids = tiny_tokens(model.config, length=6).to(DEVICE)
@@ -405,7 +484,31 @@ def test_the_benchmark_runs(capsys, monkeypatch):
     benchmark.main(["--smoke", "--latents", "int8"])
     cells = capsys.readouterr().out.splitlines()[-1].split("|")
     assert [cell.strip() for cell in cells[1:5]] == ["2", "70", "4", "1"]
-    assert float(cells[-2]) < 0.01
+    assert float(cells[9]) < 0.01
+    monkeypatch.setitem(benchmark.BESIDE, "fa3", (dict, benchmark.kernel))
+    monkeypatch.setitem(benchmark.BESIDE, "flashinfer", (dict, lambda **tensors: 2 * benchmark.kernel(**tensors)))
+    monkeypatch.setitem(sys.modules, "flash_mla", None)
+    benchmark.main(["--smoke", "--beside", "fa3", "flashinfer", "flashmla"])
+    *_, names, _, values = (line.split("|") for line in capsys.readouterr().out.splitlines())
+    assert len(names) == len(values)
+    assert values[13].strip().endswith("x")
+    assert values[14].strip() == "wrong"
+    assert "flash_mla" in values[16]
+
+    def flash(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale):
+        """By FlashMLA's documented arguments."""
+        found = []
+        for query, pages, length in zip(q, block_table, cache_seqlens, strict=True):
+            keys = k_cache[pages].flatten(0, 2)[:length].float()
+            scores = torch.einsum("shd,td->sht", query.float(), keys) * softmax_scale
+            found.append(scores.softmax(-1) @ keys[:, :head_dim_v])
+        return torch.stack(found), None
+
+    module = ModuleType("flash_mla")
+    module.get_mla_metadata, module.flash_mla_with_kvcache = lambda *args: ("plan", None), flash
+    monkeypatch.setitem(sys.modules, "flash_mla", module)
+    benchmark.main(["--smoke", "--beside", "flashmla"])
+    assert capsys.readouterr().out.splitlines()[-1].split("|")[13].strip().endswith("x")
     monkeypatch.setattr(benchmark, "SCALING", 0.5)  # of the plain form alone
     monkeypatch.setattr(benchmark, "kernel", lambda **tensors: triton_mla.mla_decode(**tensors, scaling=0.4))
     with pytest.raises(SystemExit, match="wrong: relative error"):

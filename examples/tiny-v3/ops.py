@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded
-from .hub_kernels import fa3_decode
+from .hub_kernels import DECODES
 from .quantized import QuantizedStates, is_quantized, read, rotate, space
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
@@ -23,7 +23,9 @@ SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
-MLA_DECODE = "auto"  # or "kernel", "fa3", "torch": how new tokens meet the latents of a cache; set it to choose
+MLA_DECODE = (
+    "auto"  # or "kernel", "fa3", "flashinfer", "torch": how new tokens meet the latents of a cache; set it to choose
+)
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
 KEY_BLOCK = 4096  # latents at a time, where there are more; half as many where they are converted
@@ -220,8 +222,8 @@ def attend_latents(
             return absorbed_attention_in_blocks(*tensors, scaling, mask), None
         return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
     q_latent = _per_head(q_nope, w_uk)
-    if MLA_DECODE == "fa3" and mask is None and q_nope.shape[2] == 1:
-        context = fa3_decode(q_latent, q_rope, latent, k_rope, scaling)
+    if MLA_DECODE in DECODES and mask is None and q_nope.shape[2] == 1:
+        context = DECODES[MLA_DECODE](q_latent, q_rope, latent, k_rope, scaling)
     else:
         context = mla_decode(q_latent, q_rope, latent, k_rope, scaling, mask)
     return _per_head(context, w_uv.transpose(1, 2)), None
@@ -231,21 +233,21 @@ def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | No
     """Whether the attention of these queries, latents and weights runs in a kernel: by [`MLA_DECODE`].
 
     "auto" takes the Triton kernel for up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability
-    8.0 on. "fa3" takes Flash Attention 3 of the `kernels` package (Hopper; not measured) for one new token without a mask, and the
-    Triton kernel for the rest. Whatever was chosen, what needs gradients, runs under autocast, or has an additive mask or one per
-    head takes the plain form.
+    8.0 on. "fa3" takes Flash Attention 3 of the `kernels` package (Hopper), "flashinfer" FlashInfer, for one new token without a
+    mask, and the Triton kernel for the rest; neither was run by us. Whatever was chosen, what needs gradients, runs under autocast,
+    or has an additive mask or one per head takes the plain form.
 
     Raises:
-        ValueError: for another `MLA_DECODE`, and for "kernel" and "fa3" where there is none.
+        ValueError: for another `MLA_DECODE`, and for a kernel's name where there is none.
     """
-    if MLA_DECODE not in ("auto", "kernel", "fa3", "torch"):
-        raise ValueError(f"MLA_DECODE is 'auto', 'kernel', 'fa3' or 'torch', got {MLA_DECODE!r}.")
+    if MLA_DECODE not in ("auto", "kernel", *DECODES, "torch"):
+        raise ValueError(f"MLA_DECODE is 'auto', 'kernel', 'fa3', 'flashinfer' or 'torch', got {MLA_DECODE!r}.")
     queries, device = tensors[0], tensors[2].device
     if MLA_DECODE == "auto" and device.type != "cuda":
         return False
     dtypes = {tensor.dtype for tensor in tensors}
     one_kind = len(dtypes) == 1 and dtypes < {torch.bfloat16, torch.float16, torch.float32}
-    if MLA_DECODE in ("kernel", "fa3") and not (DECODE_KERNEL and one_kind):
+    if MLA_DECODE in ("kernel", *DECODES) and not (DECODE_KERNEL and one_kind):
         raise ValueError(
             f"MLA_DECODE = {MLA_DECODE!r} wants Triton, and queries, latents and weights that are all bf16, fp16 or fp32, got "
             f"{', '.join(sorted(map(str, dtypes)))}: leave it at 'auto'."
