@@ -338,11 +338,34 @@ def test_128_heads_of_v3_over_a_long_cache(monkeypatch):
     """At 128k positions scores are far apart: the largest differs from block to block."""
     tensors = inputs(Sizes(1, 1, 2 * ops.KEY_BLOCK + 1, 128, 512, 128, 64, 128), torch.float32)
     tensors[2][0, ::500] *= 30
+    monkeypatch.setattr(ops, "SCORES", 128 * tensors[2].shape[1] - 1)
     output, weights = attend_latents(*tensors, 0.1147, weights=False)
     assert weights is None
     expected = absorbed_attention(*tensors, 0.1147)[0]
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
     monkeypatch.setattr(ops, "absorbed_attention_in_blocks", None)
     assert attend_latents(*tensors, 0.1147, weights=True)[1] is not None
-    short = [x[:, :9] if i in (2, 3) else x for i, x in enumerate(tensors)]
-    assert attend_latents(*short, 0.1147, weights=False)[0].isfinite().all()
+    fewer = [x[:, :-1] if i in (2, 3) else x for i, x in enumerate(tensors)]
+    assert attend_latents(*fewer, 0.1147, weights=False)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("few", [0, 10**9], ids=["rows first", "tokens first"])
+def test_scores_lie_either_way(few, dtype, monkeypatch):
+    """With gradients, a mask, several rows of the batch, and latents that are converted a few at a time."""
+    monkeypatch.setattr(ops, "FEW_ROWS", few)
+    monkeypatch.setattr(ops, "UPCAST_BLOCK", 3)
+    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: dtype.itemsize > 2)
+    exact = inputs(TINY)
+    mask = torch.ones(2, 1, TINY.queries, TINY.keys, dtype=torch.bool).tril(TINY.keys - TINY.queries)
+    mask[1, ..., :3] = False
+    for x in exact:
+        x.requires_grad_()
+    ours = [x.detach().to(dtype).requires_grad_() for x in exact]
+    expected, weights = absorbed_attention_reference(*exact, 0.3, mask)
+    output, own_weights = absorbed_attention(*ours, 0.3, mask)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.04
+    found = [output, own_weights, *torch.autograd.grad(output.sum(), ours)]
+    wanted = [expected, weights, *torch.autograd.grad(expected.sum(), exact)]
+    for own, other in zip(found, wanted, strict=True):
+        assert (own.double() - other).norm() < tolerance * other.norm()

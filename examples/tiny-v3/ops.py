@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,11 @@ SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
-MLA_DECODE = (
-    "auto"  # or "kernel", "fa3", "flashinfer", "torch": how new tokens meet the latents of a cache; set it to choose
-)
+MLA_DECODE = "auto"  # or "kernel", "fa3", "flashinfer", "torch": how new tokens meet a cache; set it to choose
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
-KEY_BLOCK = 4096  # latents at a time, where there are more; half as many where they are converted
+FEW_ROWS = 256  # heads times new tokens: measured, a CPU has their scores faster as [tokens, rows]
+KEY_BLOCK = 4096  # latents at a time, where scores are too many for one block; half as many where they are converted
 UPCAST_HEADS = 8  # whose weights are converted at a time
 UPCAST_BLOCK = 1024  # tokens whose latents are converted at a time: their fp32 copy stays in the processor's cache
 
@@ -81,16 +81,7 @@ def absorbed_attention(
     q_latent = _per_head(cast(q_nope, compute), w_uk).reshape(batch, heads * length, -1)
     q_rope = cast(q_rope, compute).reshape(batch, heads * length, -1)
     blocks = list(zip(_split(latent, 1, block), _split(k_rope, 1, block), strict=True))
-    scores = [
-        torch.baddbmm(
-            torch.bmm(q_rope, cast(keys, compute).transpose(1, 2)),
-            q_latent,
-            cast(latents, compute).transpose(1, 2),
-            beta=scaling,
-            alpha=scaling,
-        )
-        for latents, keys in blocks
-    ]
+    scores = [_scores(q_latent, q_rope, *(cast(x, compute) for x in each), scaling) for each in blocks]
     scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     probs = cast(_masked_softmax(scores.view(batch, heads, length, -1), mask), compute)
     if dropout:
@@ -99,6 +90,17 @@ def absorbed_attention(
     context = functools.reduce(torch.add, (torch.bmm(piece, cast(latents, compute)) for piece, (latents, _) in pieces))
     context = context.view(batch, heads, length, -1)
     return cast(_per_head(context, w_uv.transpose(1, 2)), dtype), cast(probs, dtype)
+
+
+def _scores(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Queries `[B, R, c]` and `[B, R, r]`, cache `[B, T, c]` and `[B, T, r]` -> `[B, R, T]`."""
+    if q_rope.shape[1] > FEW_ROWS:
+        rope = torch.bmm(q_rope, k_rope.transpose(1, 2))
+        return torch.baddbmm(rope, q_latent, latent.transpose(1, 2), beta=scaling, alpha=scaling)
+    rope = torch.bmm(k_rope, q_rope.transpose(1, 2))
+    return torch.baddbmm(rope, latent, q_latent.transpose(1, 2), beta=scaling, alpha=scaling).transpose(1, 2)
 
 
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -120,7 +122,7 @@ def absorbed_attention_in_blocks(
     scaling: float,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The outputs of [`absorbed_attention`], for long caches on a CPU: a block of latents meets both products while it is near.
+    """The outputs of [`absorbed_attention`], where its scores would be too many: a block of latents meets both products.
 
     Every block has a softmax of its own, and their sums are weighed in the end. Scores lie as `[tokens, heads]`, which the matrix
     products of a CPU prefer. Not for gradients.
@@ -215,10 +217,8 @@ def attend_latents(
     """
     tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
     if weights or dropout or not decodes_in_kernel(tensors, mask):
-        long = (
-            latent.device.type == "cpu" and latent.shape[1] > _key_block(latent) and not torch.compiler.is_compiling()
-        )
-        if long and not (weights or dropout or torch.is_grad_enabled()):
+        many = latent.device.type == "cpu" and math.prod(q_nope.shape[:3]) * latent.shape[1] > SCORES
+        if many and not (weights or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return absorbed_attention_in_blocks(*tensors, scaling, mask), None
         return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
     q_latent = _per_head(q_nope, w_uk)
