@@ -21,7 +21,8 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import eager_attention
 
 from modeling_deepseek import DeepseekV2Config
 from modeling_deepseek.attention import DeepseekLatentAttention
-from modeling_deepseek.ops import blocked_causal_attention, has_fast_gemm
+from modeling_deepseek.dtypes import has_fast_gemm
+from modeling_deepseek.plain_attention import blocked_causal_attention
 
 NATIVE = ("native sdpa", "native eager")
 

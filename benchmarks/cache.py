@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_deepseek
 from modeling_deepseek import DeepseekV2Config, LatentCache
-from modeling_deepseek.ops import absorbed_attention_quantized, attend_latents
+from modeling_deepseek.ops import attend_latents, attend_quantized_latents
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pretrain_tiny
@@ -63,7 +63,7 @@ def speed(args: argparse.Namespace) -> None:
             states = (torch.randn(args.batch, 1, args.context, width).to(dtype) for width in (RANK, ROPE))
             held = cache.update(*states, 0, **({"dequantize": False} if bits else {}))
             held = held if bits else [states.squeeze(1) for states in held]
-            form = absorbed_attention_quantized if bits else partial(attend_latents, weights=False)
+            form = attend_quantized_latents if bits else partial(attend_latents, weights=False)
             steps[name] = partial(form, *queries, *held, *weights, 192**-0.5)
         seconds = take_turns(steps, args.rounds, warmup=2)
         for name, own in seconds.items():

@@ -43,7 +43,7 @@ def make(batch: int, heads: int, queries: int, context: int, latents: str, devic
 
 
 def plain(q_latent, q_rope, latent, k_rope, scales=None) -> torch.Tensor:
-    """What `ops.absorbed_attention` does between its products with the weights."""
+    """What `absorbed_attention` does between its products with the weights."""
     batch, heads, queries, rank = q_latent.shape
     if scales is not None:
         latent = latent.to(q_latent.dtype) * scales[..., None].to(q_latent.dtype)

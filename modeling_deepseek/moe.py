@@ -18,8 +18,8 @@ from transformers.integrations.moe import (
 )
 
 from .balance import Routing
+from .dtypes import cast, has_fast_gemm
 from .layers import DeepseekMLP
-from .ops import cast, has_fast_gemm
 from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_deepseek import LatentCache, attention, quantized
-from modeling_deepseek.ops import absorbed_attention_quantized, absorbed_attention_reference
+from modeling_deepseek.plain_attention import absorbed_attention_quantized, absorbed_attention_reference
 from modeling_deepseek.quantized import QuantizedStates, as_tensor, pack, rotate, unpack, unpack_briefly
 from tiny import tiny_config, tiny_model, tiny_tokens
 
@@ -276,8 +276,8 @@ def test_a_step_in_latent_space_dequantises_nothing_at_once(bits, monkeypatch):
     model(tokens, past_key_values=cache)
     monkeypatch.setattr(QuantizedStates, "dequantize", lambda self: pytest.fail("dequantised"))
     calls = []
-    fast = attention.absorbed_attention_quantized
-    monkeypatch.setattr(attention, "absorbed_attention_quantized", lambda *args: calls.append(1) or fast(*args))
+    fast = attention.attend_quantized_latents
+    monkeypatch.setattr(attention, "attend_quantized_latents", lambda *args: calls.append(1) or fast(*args))
     model(tokens[:, :1], past_key_values=cache)
     assert len(calls) == LAYERS
 

@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from modeling_deepseek import LatentCache, hub_kernels, ops, quantized
-from modeling_deepseek.ops import absorbed_attention_reference, attend_latents
+from modeling_deepseek import LatentCache, hub_kernels, ops, plain_attention, quantized
+from modeling_deepseek.ops import attend_latents
+from modeling_deepseek.plain_attention import absorbed_attention_reference
 from tiny import tiny_model, tiny_tokens
 
 triton_mla = pytest.importorskip("modeling_deepseek.triton_mla")
@@ -50,7 +51,7 @@ def attend(q_latent, q_rope, latent, k_rope, scaling=0.2, mask=None) -> torch.Te
     """Attention over the latents in fp64, from absorbed queries on."""
     tensors = [tensor.double() for tensor in (q_latent, q_rope, latent, k_rope)]
     scores = tensors[0] @ tensors[2].unsqueeze(1).mT + tensors[1] @ tensors[3].unsqueeze(1).mT
-    return ops._masked_softmax(scores * scaling, mask) @ tensors[2].unsqueeze(1)
+    return plain_attention._masked_softmax(scores * scaling, mask) @ tensors[2].unsqueeze(1)
 
 
 def causal(queries: int, keys: int) -> torch.Tensor:
@@ -312,13 +313,13 @@ def test_a_cache_in_8_bits_is_read_as_it_is(dtype, forced, monkeypatch):
     model = tiny_model("v3", attn_implementation="sdpa").to(DEVICE, dtype)
     ids = tiny_tokens(model.config, length=12).to(DEVICE)
     read = []
-    monkeypatch.setattr(ops, "read", lambda *args: read.append(1) or pytest.fail("was converted"))
+    monkeypatch.setattr(plain_attention, "read", lambda *args: read.append(1) or pytest.fail("was converted"))
 
     def logits() -> torch.Tensor:
         cache = LatentCache(model.config, bits=8)
         with torch.no_grad(), monkeypatch.context() as patch:
             if ops.MLA_DECODE == "torch":
-                patch.setattr(ops, "read", quantized.read)
+                patch.setattr(plain_attention, "read", quantized.read)
             model(ids, past_key_values=cache)
             forced.calls.clear()
             return model(ids[:, :2], past_key_values=cache).logits

@@ -8,17 +8,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .dtypes import cast, has_fast_gemm
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import (
-    absorbed_attention_quantized,
-    attend_latents,
-    blocked_causal_attention,
-    cast,
-    gpu_wants_padded_values,
-    has_fast_gemm,
-)
+from .ops import attend_latents, attend_quantized_latents, gpu_wants_padded_values
+from .plain_attention import blocked_causal_attention
 from .quantized import as_tensor, is_quantized
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
@@ -287,7 +282,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         plain = eager or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_quantized(latent) and not plain:
             states = (q_nope, q_rope, latent, k_rope)
-            output, probs = absorbed_attention_quantized(*states, w_uk, w_uv, self.scaling, mask), None
+            output, probs = attend_quantized_latents(*states, w_uk, w_uv, self.scaling, mask), None
         else:
             output, probs = attend_latents(
                 q_nope,

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
+from .dtypes import has_fast_gemm
 from .ops import (
     C_MAX_TOKENS,
     block_scaled_product,
@@ -17,7 +18,6 @@ from .ops import (
     dequantize_in_c,
     dequantizing_product,
     dequantizing_products,
-    has_fast_gemm,
     multiplies_fp8,
     multiplies_in_c,
 )

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from modeling_deepseek import ops
-from modeling_deepseek.ops import (
+from modeling_deepseek import ops, plain_attention
+from modeling_deepseek.ops import attend_latents
+from modeling_deepseek.plain_attention import (
     absorbed_attention,
     absorbed_attention_in_blocks,
     absorbed_attention_reference,
-    attend_latents,
     blocked_causal_attention,
 )
 
@@ -136,8 +136,8 @@ def test_bf16_stays_within_its_rounding_of_fp32(form, sizes):
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 @pytest.mark.parametrize("fast", [True, False], ids=["native products", "products in fp32 blocks"])
 def test_fp32_does_not_depend_on_how_the_processor_multiplies_bf16(fast, block, monkeypatch):
-    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: fast)
-    monkeypatch.setattr(ops, "UPCAST_BLOCK", block)
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda device, dtype: fast)
+    monkeypatch.setattr(plain_attention, "UPCAST_BLOCK", block)
     tensors, mask = inputs(TINY, torch.float32), causal(TINY)
     for ours, theirs in zip(
         absorbed_attention(*tensors, 0.3, mask), expanded_attention(*tensors, 0.3, mask), strict=True
@@ -150,8 +150,8 @@ def test_fp32_does_not_depend_on_how_the_processor_multiplies_bf16(fast, block, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_in_fp32_blocks_round_once_at_the_end(dtype, monkeypatch):
-    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: False)
-    monkeypatch.setattr(ops, "UPCAST_BLOCK", 3)
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda device, dtype: False)
+    monkeypatch.setattr(plain_attention, "UPCAST_BLOCK", 3)
     tensors, mask = inputs(TINY, dtype), causal(TINY)
     output, probs = absorbed_attention(*tensors, 0.3, mask)
     expected, weights = absorbed_attention_reference(*(tensor.float() for tensor in tensors), 0.3, mask)
@@ -277,7 +277,7 @@ def test_the_question_for_padded_values_does_not_break_a_graph():
     assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).eq(0).all()
 
 
-def plain_attention(query, key, value, scaling, seen):
+def attention_in_fp64(query, key, value, scaling, seen):
     scores = (query.double() @ key.double().transpose(2, 3) * scaling).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1) @ value.double()).transpose(1, 2)
 
@@ -289,7 +289,7 @@ def plain_attention(query, key, value, scaling, seen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_queries_equal_all_at_once(length, keys, heads, masked, dtype, monkeypatch):
     """Without a mask query i sees i + 1 keys, however many there are; with one, what it says, left padding for instance."""
-    monkeypatch.setattr(ops, "SCORES", 16 * 2 * heads * keys)  # blocks of 16
+    monkeypatch.setattr(plain_attention, "SCORES", 16 * 2 * heads * keys)  # blocks of 16
     query, key, value = (torch.randn(2, heads, n, d) for n, d in ((length, 24), (keys, 24), (keys, 16)))
     seen = torch.ones(length, keys, dtype=torch.bool).tril().expand(2, 1, -1, -1)
     if masked:
@@ -298,7 +298,7 @@ def test_blocks_of_queries_equal_all_at_once(length, keys, heads, masked, dtype,
     query, key, value = (x.to(dtype) for x in (query, key, value))
     output = blocked_causal_attention(query, key, value, 0.2, seen if masked else None)
     rows = seen.any(-1)[:, 0]  # a query that sees nothing is only finite
-    expected = plain_attention(query, key, value, 0.2, seen)
+    expected = attention_in_fp64(query, key, value, 0.2, seen)
     close = dict(rtol=0, atol=2e-5 if dtype == torch.float32 else 2e-2)
     torch.testing.assert_close(output[rows].double(), expected[rows], **close)
     assert output.shape == (2, length, heads, 16) and output.dtype == dtype and output.isfinite().all()
@@ -315,8 +315,8 @@ def test_blocks_do_not_read_what_lies_behind():
 @pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_latents_equal_all_at_once(kind, fast, dtype, monkeypatch):
     """Nine blocks, the last of one token; "padded" hides whole blocks from one row, "nothing" all of them."""
-    monkeypatch.setattr(ops, "KEY_BLOCK", 8)
-    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: fast or dtype.itemsize > 2)
+    monkeypatch.setattr(plain_attention, "KEY_BLOCK", 8)
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda device, dtype: fast or dtype.itemsize > 2)
     sizes = TINY._replace(keys=65)
     exact = inputs(sizes)
     mask = None if kind == "all" else torch.ones(2, 1, 3, 65, dtype=torch.bool).tril(62)
@@ -336,7 +336,7 @@ def test_blocks_of_latents_equal_all_at_once(kind, fast, dtype, monkeypatch):
 @torch.no_grad()
 def test_128_heads_of_v3_over_a_long_cache(monkeypatch):
     """At 128k positions scores are far apart: the largest differs from block to block."""
-    tensors = inputs(Sizes(1, 1, 2 * ops.KEY_BLOCK + 1, 128, 512, 128, 64, 128), torch.float32)
+    tensors = inputs(Sizes(1, 1, 2 * plain_attention.KEY_BLOCK + 1, 128, 512, 128, 64, 128), torch.float32)
     tensors[2][0, ::500] *= 30
     monkeypatch.setattr(ops, "SCORES", 128 * tensors[2].shape[1] - 1)
     output, weights = attend_latents(*tensors, 0.1147, weights=False)
@@ -353,9 +353,9 @@ def test_128_heads_of_v3_over_a_long_cache(monkeypatch):
 @pytest.mark.parametrize("few", [0, 10**9], ids=["rows first", "tokens first"])
 def test_scores_lie_either_way(few, dtype, monkeypatch):
     """With gradients, a mask, several rows of the batch, and latents that are converted a few at a time."""
-    monkeypatch.setattr(ops, "FEW_ROWS", few)
-    monkeypatch.setattr(ops, "UPCAST_BLOCK", 3)
-    monkeypatch.setattr(ops, "has_fast_gemm", lambda device, dtype: dtype.itemsize > 2)
+    monkeypatch.setattr(plain_attention, "FEW_ROWS", few)
+    monkeypatch.setattr(plain_attention, "UPCAST_BLOCK", 3)
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda device, dtype: dtype.itemsize > 2)
     exact = inputs(TINY)
     mask = torch.ones(2, 1, TINY.queries, TINY.keys, dtype=torch.bool).tril(TINY.keys - TINY.queries)
     mask[1, ..., :3] = False

@@ -1,0 +1,23 @@
+"""Numbers in 16 bits: which of them this processor multiplies fast, and casts that cost nothing where none is needed."""
+
+import torch
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
+    dtype
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    if not (_ONEDNN and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+}
+
+
+def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
+    """Whether matrix products in `dtype` are worth running as they are.
+
+    A CPU without bf16 (fp16) instructions is many times slower at them than at converting to fp32 and back.
+    """
+    return device != "cpu" or dtype not in SLOW_ON_CPU
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, without asking PyTorch where nothing is to be done."""
+    return x if x.dtype == dtype else x.to(dtype)
