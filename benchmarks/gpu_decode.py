@@ -180,8 +180,12 @@ def sweep(shape: tuple[int, int, int, int], args: argparse.Namespace, device: st
     try:
         for tokens, stages, warps in product((16,) if args.smoke else (16, 32, 64, 128), (1, 2, 3, 4), (4, 8)):
             triton_mla._TILES[tile] = (warps, ((tokens, stages),))
+            triton_mla._too_large.clear()
             try:
-                found.append((statistics.median(seconds(kernel, copies, args.rounds)), tokens, stages, warps))
+                middle = statistics.median(seconds(kernel, copies, args.rounds))
+                if triton_mla._too_large:
+                    raise ValueError("Triton wants more shared memory than there is")  # and has taken another tile
+                found.append((middle, tokens, stages, warps))
             except Exception as problem:  # it does not fit
                 print(f"  {tokens} tokens, {stages} stages, {warps} warps: {str(problem).splitlines()[0][:80]}")
     finally:

@@ -329,6 +329,8 @@ def plain_weight(linear: nn.Module) -> nn.Parameter | None:
     wrapped = type(linear) not in (nn.Linear, FP8Linear) or "forward" in vars(linear)
     if wrapped or linear._forward_hooks or linear._forward_pre_hooks:
         return None
+    if linear._backward_hooks or linear._backward_pre_hooks:
+        return None
     weight = linear.weight
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
     return weight if plain else None

@@ -67,13 +67,12 @@ def flashinfer_decode(
         ImportError: without the package `flashinfer-python`.
     """
     (batch, heads, _, rank), length, rope = q_latent.shape, latent.shape[1], q_rope.shape[-1]
-    strides = {tuple(stride / x.shape[2] for stride in x.stride()[:2]) for x in (latent, k_rope)}
-    rows, apart = strides.pop()
-    if batch == 1:
-        rows = length
-    if apart != 1 or rows % 1 or (strides and batch > 1) or not latent.stride(2) == k_rope.stride(2) == 1:
-        latent, k_rope, rows = latent.contiguous(), k_rope.contiguous(), length  # they were no tokens behind each other
-    rows, device = int(rows), latent.device
+    held, device = (latent, k_rope), latent.device
+    rows = {length if batch == 1 else x.stride(0) / x.shape[2] for x in held}  # tokens from one row to the next
+    behind_each_other = all(x.stride()[1:] == (x.shape[2], 1) for x in held)
+    if not behind_each_other or len(rows) > 1 or not float(*rows).is_integer():
+        latent, k_rope, rows = latent.contiguous(), k_rope.contiguous(), {length}
+    rows = int(*rows)
     planned = _planned(device)
     plan = (batch, length, rows, heads, rank, rope, scaling, q_latent.dtype)
     if planned.plan != plan:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -24,8 +23,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return _summed(logits, targets, seen, spread)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
+        _refuse_second_derivative()
         logits, targets, seen, spread = ctx.saved_tensors
         # rows without a target have a gradient of 0, whatever their logits and however few targets the others have
         return (
@@ -48,7 +47,9 @@ class _SummedCrossEntropyOfStates(torch.autograd.Function):
         with torch.autocast(states.device.type, enabled=False):
             head = weight.to(dtype)
             d_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-            d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            d_weight = None
+            if ctx.needs_input_grad[1]:  # in 16 bits it would lose a digit over many pieces
+                d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             total = torch.zeros((), dtype=torch.float32, device=states.device)
             all_seen, targets = _seen(targets, ignore_index)
             for start in range(0, len(states), LOSS_ROWS):
@@ -66,15 +67,24 @@ class _SummedCrossEntropyOfStates(torch.autograd.Function):
                     d_weight.addmm_(gradient.T, own)
                 else:
                     d_weight += gradient.T @ own
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         ctx.save_for_backward(d_states, d_weight, all_seen.any())
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
+        _refuse_second_derivative()
         d_states, d_weight, any_seen = ctx.saved_tensors
         gradient = torch.where(any_seen, gradient, 0.0)
         return *(None if each is None else each * gradient for each in (d_states, d_weight)), None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph=True, which would get zeros
+        raise RuntimeError(
+            "This cross entropy has no second derivative, which create_graph=True asks for: set model.loss_function to "
+            "ForCausalLMLoss of transformers.loss.loss_utils, which has one."
+        )
 
 
 def _seen(targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +134,7 @@ def causal_lm_loss(
     """transformers' `ForCausalLMLoss`, arguments and result, with logits converted to fp32 in pieces, forward and backward.
 
     Instead of two copies of `logits` `[B, S, V]` in fp32 there is their gradient, in their dtype. What torch.compile compiles
-    is transformers' own. There is no second derivative: `model.loss_function = ForCausalLMLoss` has one.
+    is transformers' own. A second derivative is an error: `model.loss_function = ForCausalLMLoss` has one.
     """
     if torch.compiler.is_compiling():
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
@@ -151,14 +161,15 @@ def loss_of_states(
     """`loss_function` of `head(states)`, for `LOSS_ROWS` tokens at a time, once here and once more in the backward pass.
 
     Args:
-        states `[B, S, d]`, targets `[B, S]`: what the head reads, and the token that each of them predicts.
+        states `[B, S, d]` or `[N, d]`, targets `[B, S]` or `[N]`: what the head reads, and the token that each of them predicts.
         items: what the sum of the losses is divided by.
     """
 
     def loss(states, targets, items):
         return loss_function(logits=head(states), labels=None, shift_labels=targets, num_items_in_batch=items, **kwargs)
 
-    pieces = zip(states.flatten(0, 1).split(LOSS_ROWS), targets.flatten().split(LOSS_ROWS), strict=True)
+    rows, targets = states.reshape(-1, states.shape[-1]), targets.flatten()
+    pieces = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
     return sum(checkpoint(loss, *piece, items, use_reentrant=False) for piece in pieces)
 
 
@@ -175,13 +186,15 @@ def loss_of_weight(
         `None` where there is no gradient to be made, or that is not the way to make it: under torch.compile and in fp16, whose
         range is too small for gradients that are scaled later.
     """
-    dtype, autocast = states.dtype, torch.is_autocast_enabled(states.device.type)
-    if autocast:
+    rows, dtype, kinds = states.numel() // weight.shape[1], states.dtype, {states.dtype, weight.dtype}
+    if torch.is_autocast_enabled(states.device.type) and torch.float64 not in kinds:
         dtype = torch.get_autocast_dtype(states.device.type)
+        kinds = {dtype}
     learns = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
-    fits = (autocast or dtype == weight.dtype) and dtype != torch.float16 and states.device == weight.device
-    many = targets.numel() >= weight.shape[1] or not weight.requires_grad
+    fits = len(kinds) == 1 and dtype != torch.float16 and states.device == weight.device
+    fits = fits and targets.numel() == rows  # else what is left to others says what is wrong
+    many = rows >= weight.shape[1] or not weight.requires_grad
     if not (learns and fits and many) or torch.compiler.is_compiling():
         return None
-    rows, targets = states.flatten(0, 1), targets.flatten()
-    return _per_item(_SummedCrossEntropyOfStates.apply(rows, weight, targets, ignore_index, dtype), items)
+    states = states.reshape(rows, -1)
+    return _per_item(_SummedCrossEntropyOfStates.apply(states, weight, targets.flatten(), ignore_index, dtype), items)

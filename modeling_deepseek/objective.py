@@ -1,6 +1,7 @@
 """What a causal model is trained on: next tokens, those of the MTP depths, and balanced experts."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,6 +16,11 @@ from .loss import causal_lm_loss, loss_of_states, loss_of_weight, shifted
 from .mtp import mtp_targets
 
 logger = logging.get_logger(__name__)
+
+
+@torch.compiler.assume_constant_result
+def takes_shift_labels(function: Callable) -> bool:
+    return "shift_labels" in inspect.signature(function).parameters
 
 
 class TrainingObjectiveMixin:
@@ -41,7 +47,7 @@ class TrainingObjectiveMixin:
             targets = shifted(labels, ignored)
         if items is None:
             items = (targets != ignored).sum()
-        if self._loss_of_rows() is not self.loss_function:
+        if not takes_shift_labels(self.loss_function):
             raise ValueError(
                 f"config.training_logits is False, and the model's loss function, {self.loss_function}, takes no shift_labels, so "
                 "that it cannot be computed in pieces: set training_logits to True."
@@ -51,15 +57,15 @@ class TrainingObjectiveMixin:
     def _loss_of_states(self, states: torch.Tensor, targets: torch.Tensor, items, **kwargs) -> torch.Tensor:
         """The loss of what the head makes of `states` `[B, S, d]`, whose logits are never all there."""
         head, chosen, loss = self.lm_head, self._loss_of_rows(), None
-        weight = plain_weight(head) if chosen is causal_lm_loss and head.bias is None else None
-        if weight is not None:
+        weight = plain_weight(head) if chosen is causal_lm_loss and type(head) is nn.Linear else None
+        if weight is not None and head.bias is None:
             loss = loss_of_weight(weight, states, targets, items, kwargs.get("ignore_index", -100))
         return loss_of_states(head, chosen, states, targets, items, **kwargs) if loss is None else loss
 
     def _loss_of_rows(self):
         """The loss function where it takes logits and targets that lie behind each other; else cross entropy."""
         chosen = self.loss_function
-        return chosen if "shift_labels" in inspect.signature(chosen).parameters else causal_lm_loss
+        return chosen if takes_shift_labels(chosen) else causal_lm_loss
 
     def _mtp_loss(
         self,

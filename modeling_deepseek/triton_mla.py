@@ -293,7 +293,8 @@ def mla_decode(
     processors, shared = _device(latent.device)
     rank_tile, rope_tile = (max(16, _power_of_2(width)) for width in (rank, rope))
     item = q_latent.element_size()
-    tile = rows, tokens, stages, warps = _tile(heads * queries, rank_tile, rope_tile, item, shared)
+    wanted = (heads * queries, rank_tile, rope_tile, item, shared, scales is not None)
+    tile = rows, tokens, stages, warps = _tile(*wanted)
     row_blocks = _ceil(heads * queries, rows)
     given = splits
     if splits is None:
@@ -346,7 +347,7 @@ def mla_decode(
             num_warps=warps if scales is None else 8,  # which converts the latents in registers
         )
     except OutOfResources:
-        _too_large.add((tile, rank_tile, rope_tile, item, shared))
+        _too_large.add((tile, *wanted[1:]))
         return mla_decode(q_latent, q_rope, latent, k_rope, scaling, mask, causal, starts, ends, scales, given)
     pieces = _power_of_2(splits)
     columns = min(rank_tile, COMBINED // pieces)
@@ -384,14 +385,14 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-def _tile(rows: int, rank: int, rope: int, item: int, shared: int) -> tuple[int, int, int, int]:
+def _tile(rows: int, rank: int, rope: int, item: int, shared: int, scaled: bool = False) -> tuple[int, int, int, int]:
     """Rows, tokens, stages and warps of a tile for `rows` rows of queries; `rank` and `rope` items wide, as the latents are."""
     for tile in (16,) if rows <= 16 else (64, 16):
         warps, blocks = _TILES[tile]
         for tokens, stages in blocks:
             found = tile, tokens, stages, warps
             fits = item * (tile * (rank + rope) + tokens * (stages * rank + rope + tile)) <= shared
-            if fits and (found, rank, rope, item, shared) not in _too_large:
+            if fits and (found, rank, rope, item, shared, scaled) not in _too_large:
                 return found
     raise ValueError(f"Latents of {rank} + {rope} items do not fit the {shared} bytes of this GPU's shared memory.")
 

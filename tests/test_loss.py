@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from modeling_deepseek import loss
+from modeling_deepseek.fp8 import FP8Linear, quantize
 from test_training_memory import BALANCED, LiveMemory, assert_same, step
 from tiny import tiny_model, tiny_tokens
 
@@ -259,6 +260,35 @@ def test_rows_without_a_target_have_no_part_in_the_gradients_made_with_the_loss(
     )
 
 
+def test_the_gradient_of_a_weight_in_bf16_is_as_good_after_many_pieces(pieces):
+    states, weight, targets = states_and_weight(4000, dtype=torch.bfloat16)
+    found = gradients_of(loss.loss_of_weight(weight, states, targets, 3998), states, weight)
+    theirs = gradients_of(ForCausalLMLoss(linear(states, weight), None, 97, 3998, shift_labels=targets), states, weight)
+    exact = by_transformers(states, weight, targets, 3998, torch.float32)
+    for own, other, value in zip(found, theirs, exact, strict=True):
+        assert (own - value).norm() < 1.5 * (other - value).norm() + 1e-5 * value.norm()
+
+
+@pytest.mark.parametrize("form", ["kept logits", "with the loss"])
+def test_a_second_derivative_is_refused(form):
+    states, weight, targets = states_and_weight()
+    if form == "with the loss":
+        value = loss.loss_of_weight(weight, states, targets, 31)
+    else:
+        value = loss.causal_lm_loss(linear(states, weight), None, 97, 31, shift_labels=targets)
+    with pytest.raises(RuntimeError, match="no second derivative.*ForCausalLMLoss"):
+        torch.autograd.grad(value, weight, create_graph=True)
+
+
+@pytest.mark.parametrize("number", [33 + 9, 33 - 1, 2 * 33])
+def test_targets_that_are_not_as_many_as_states_are_an_error(number, pieces):
+    model = tiny_model("llm", training_logits=False).train()
+    ids = tiny_tokens(model.config, 2, 30)
+    targets = torch.ones(2, number, dtype=torch.long)
+    with pytest.raises(ValueError):
+        model(ids, labels=ids, shift_labels=targets, num_items_in_batch=60, use_cache=False)
+
+
 @pytest.mark.parametrize("case", ["no gradient", "few tokens", "fp16", "two dtypes"])
 def test_what_has_its_gradients_made_later(case):
     states, weight, targets = states_and_weight(
@@ -271,7 +301,7 @@ def test_what_has_its_gradients_made_later(case):
         assert loss.loss_of_weight(weight.detach(), states, targets, 13) is not None
 
 
-@pytest.mark.parametrize("wrap", ["plain", "hook", "adapter"])
+@pytest.mark.parametrize("wrap", ["plain", "hook", "backward hook", "adapter", "sequential", "fp8"])
 def test_a_head_that_is_more_than_its_weight_is_called(wrap):
     """Tokens are as many as the head is wide, those of the MTP layer one fewer per row."""
     expected = model = tiny_model("v3", num_nextn_predict_layers=1).train()
@@ -282,14 +312,25 @@ def test_a_head_that_is_more_than_its_weight_is_called(wrap):
         expected = get_peft_model(model, config).train()
         torch.manual_seed(0)
         other = get_peft_model(other, config).train()
+    if wrap == "sequential":
+        model.lm_head, other.lm_head = (torch.nn.Sequential(each.lm_head) for each in (model, other))
+    if wrap == "fp8":
+        quantized = quantize(model.lm_head.weight.detach(), (16, 16))
+        model.lm_head, other.lm_head = (FP8Linear(*quantized, (16, 16), None) for _ in range(2))
     head, called = other.lm_head if wrap != "adapter" else other.base_model.model.lm_head, []
     if wrap == "hook":
         for each in (model.lm_head, head):
             each.register_forward_hook(lambda module, args, output: called.append(module) or 2 * output)
+    if wrap == "backward hook":
+        for each in (model.lm_head, head):
+            each.register_full_backward_hook(
+                lambda module, entering, leaving: called.append(module) or (2 * entering[0],)
+            )
     ids = tiny_tokens(model.config, 2, 30)
     found = []
     for each in (expected, other):
-        output = each(input_ids=ids, labels=ids, use_cache=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=wrap == "fp8"):
+            output = each(input_ids=ids, labels=ids, use_cache=False)
         output.loss.backward()
         found.append((output.loss, output.mtp_loss, [parameter.grad for parameter in each.parameters()]))
     (value, mtp, gradients), (other_value, other_mtp, other_gradients) = found
@@ -297,7 +338,41 @@ def test_a_head_that_is_more_than_its_weight_is_called(wrap):
     torch.testing.assert_close(mtp, other_mtp)
     for gradient, other_gradient in zip(gradients, other_gradients, strict=True):
         torch.testing.assert_close(gradient, other_gradient, rtol=1e-4, atol=1e-6)
-    assert (head in called) == (wrap == "hook")
+    assert (head in called) == ("hook" in wrap)
+
+
+def test_an_fp64_model_stays_in_fp64_under_autocast():
+    found = []
+    for training_logits in (True, False):
+        model = tiny_model("llm", training_logits=training_logits).double().train()
+        ids = tiny_tokens(model.config, 2, 30)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(ids, labels=ids, use_cache=False).loss)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_compiled_model_without_training_logits(depth):
+    model = tiny_model("v3", training_logits=False, num_nextn_predict_layers=depth).train()
+    ids, found = tiny_tokens(model.config, 2, 30), []
+    for run in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        value = run(input_ids=ids, labels=ids, use_cache=False).loss
+        value.backward()
+        found.append((value, model.lm_head.weight.grad.clone()))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_to_keep_may_be_a_mask():
+    found = []
+    for training_logits in (True, False):
+        model = tiny_model("llm", training_logits=training_logits).train()
+        ids = tiny_tokens(model.config, 2, 30)
+        kept = torch.arange(60).view(2, 30) % 3 > 0
+        options = dict(logits_to_keep=kept, shift_labels=ids.roll(-1, 1)[kept], num_items_in_batch=40)
+        found.append(model(ids, labels=ids, use_cache=False, **options).loss)
+    torch.testing.assert_close(*found)
 
 
 def test_logits_that_nobody_asked_for_are_made_once(monkeypatch):

@@ -209,6 +209,8 @@ def test_a_tile_that_triton_finds_too_large_is_not_asked_for_again(monkeypatch):
         ours = triton_mla.mla_decode(*tensors, 0.2, mask)
         torch.testing.assert_close(ours.double(), attend(*tensors, mask=mask), rtol=0, atol=5e-6)
     assert asked == [(32, 3), (32, 2), (32, 1), (32, 1)]
+    monkeypatch.setattr(triton_mla, "_TILES", {16: (4, ((32, 3), (32, 1))), 64: SMALL_TILES[64]})
+    assert [triton_mla._tile(4, 32, 16, 4, 232448, scaled)[1:3] for scaled in (False, True)] == [(32, 1), (32, 3)]
     monkeypatch.setattr(triton_mla, "_TILES", {16: (4, ((32, 3),)), 64: SMALL_TILES[64]})
     with pytest.raises(ValueError, match="do not fit"):
         triton_mla.mla_decode(*tensors, 0.2)
@@ -402,21 +404,23 @@ def flashinfer(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("spare", [0, 9, "other", "strided"], ids=str)
+@pytest.mark.parametrize("spare", [0, 9, "other", "strided", "wider"], ids=str)
 def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
     """The cache as it lies, where both buffers have as many rows; else a copy. A plan serves every layer of a step."""
-    for keys in (30, 30, 31):
+    for keys in (*range(2, 20), 30, 30, 31):
         tensors = [tensor[:batch] if index < 4 else tensor for index, tensor in enumerate(absorbed_inputs(queries=1))]
         held = [torch.randn(batch, keys + (spare if type(spare) is int else 9), width) for width in (20, 8)]
         if spare == "other":
             held[0] = torch.randn(batch, keys + 3, 20)
         if spare == "strided":
             held[1] = torch.randn(batch, keys + 9, 16)[..., ::2]
+        if spare == "wider":
+            held[1] = torch.randn(batch, keys + 9, 11)[..., 3:]
         tensors[2:4] = (buffer[:, :keys].to(DEVICE) for buffer in held)
         expected = absorbed_attention_reference(*tensors, 0.2)[0]
         torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
     (made,) = flashinfer
-    assert len(made.plans) == 2
+    assert len(made.plans) == 20
 
 
 def test_flashinfer_decodes_the_tokens_that_triton_decodes(flashinfer, monkeypatch):
@@ -510,6 +514,11 @@ def test_the_benchmark_runs(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_mla", module)
     benchmark.main(["--smoke", "--beside", "flashmla"])
     assert capsys.readouterr().out.splitlines()[-1].split("|")[13].strip().endswith("x")
+    monkeypatch.setattr(triton_mla, "_too_large", set())
+    monkeypatch.setattr(benchmark, "seconds", lambda *args: triton_mla._too_large.add(1) or [1.0])
+    benchmark.main(["--smoke", "--sweep"])
+    assert capsys.readouterr().out.count("Triton wants more shared memory") == 8
+    monkeypatch.undo()
     monkeypatch.setattr(benchmark, "SCALING", 0.5)  # of the plain form alone
     monkeypatch.setattr(benchmark, "kernel", lambda **tensors: triton_mla.mla_decode(**tensors, scaling=0.4))
     with pytest.raises(SystemExit, match="wrong: relative error"):

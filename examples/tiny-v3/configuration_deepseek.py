@@ -60,7 +60,7 @@ class DeepseekConfig(PreTrainedConfig):
         num_nextn_predict_layers (`int`): multi-token prediction layers, stored behind the `num_hidden_layers` main ones.
         mtp_loss_weight (`float`): lambda of the MTP training loss (DeepSeek-V3 report, section 2.2).
         training_logits (`bool`): whether the model returns logits in training mode with labels. Without, they are made for a few
-            tokens at a time, for the loss alone, and once more in the backward pass.
+            tokens at a time, for the loss alone (once more in the backward pass, where tokens are fewer than `hidden_size`).
         aux_loss_alpha (`float`): factor of the expert-level balance loss in training; 0, as without it, computes nothing.
         seq_aux (`bool`): that loss for every sequence apart (V2, V3), each weighing as much as it has targets, so that
             micro-batches and ranks add up to the step; or for the whole batch at once, which is the micro-batch of one rank.
