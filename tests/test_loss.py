@@ -384,3 +384,12 @@ def test_logits_that_nobody_asked_for_are_made_once(monkeypatch):
     model(ids, labels=ids, use_cache=False).loss.backward()
     assert asked == []
     assert model.lm_head.weight.grad.any()
+
+
+def test_no_tokens_have_no_loss():
+    """As a depth of MTP has none in a text of one token."""
+    states, weight, targets = states_and_weight()
+    states = states[:, :0]
+    value = loss.loss_of_weight(weight.detach(), states, targets[:, :0], torch.tensor(1))
+    assert value == 0
+    assert torch.autograd.grad(value, states)[0].shape == (1, 0, 16)

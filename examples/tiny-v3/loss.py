@@ -196,5 +196,5 @@ def loss_of_weight(
     many = rows >= weight.shape[1] or not weight.requires_grad
     if not (learns and fits and many) or torch.compiler.is_compiling():
         return None
-    states = states.reshape(rows, -1)
+    states = states.reshape(rows, weight.shape[1])
     return _per_item(_SummedCrossEntropyOfStates.apply(states, weight, targets.flatten(), ignore_index, dtype), items)
