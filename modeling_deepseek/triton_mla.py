@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
+from .triton_kernels import ceil_div
+
 try:
     import triton
     import triton.language as tl
@@ -295,10 +297,10 @@ def mla_decode(
     item = q_latent.element_size()
     wanted = (heads * queries, rank_tile, rope_tile, item, shared, scales is not None)
     tile = rows, tokens, stages, warps = _tile(*wanted)
-    row_blocks = _ceil(heads * queries, rows)
+    row_blocks = ceil_div(heads * queries, rows)
     given = splits
     if splits is None:
-        splits = _splits(batch * row_blocks, _ceil(length, tokens), processors)
+        splits = _splits(batch * row_blocks, ceil_div(length, tokens), processors)
     if mask is not None:
         mask = mask.expand(batch, 1, queries, length).view(torch.uint8)
 
@@ -351,7 +353,7 @@ def mla_decode(
         return mla_decode(q_latent, q_rope, latent, k_rope, scaling, mask, causal, starts, ends, scales, given)
     pieces = _power_of_2(splits)
     columns = min(rank_tile, COMBINED // pieces)
-    _combine_splits[heads * queries, _ceil(rank, columns), batch](
+    _combine_splits[heads * queries, ceil_div(rank, columns), batch](
         contexts,
         highs,
         totals,
@@ -367,12 +369,8 @@ def mla_decode(
     return output
 
 
-def _ceil(number: int, divisor: int) -> int:
-    """Triton's own `cdiv` and `next_power_of_2` cannot be traced by torch.compile."""
-    return -(-number // divisor)
-
-
 def _power_of_2(number: int) -> int:
+    """The next one. Triton's own cannot be traced by torch.compile."""
     return 1 << (number - 1).bit_length()
 
 
@@ -403,7 +401,7 @@ def _splits(programs: int, blocks: int, processors: int) -> int:
     best, filled = 1, 0.0
     for rounds in range(1, 9):
         splits = min(most, max(1, rounds * processors // programs))
-        share = splits * programs / (_ceil(splits * programs, processors) * processors)
+        share = splits * programs / (ceil_div(splits * programs, processors) * processors)
         if share > filled + 0.05:  # more rounds are more to combine
             best, filled = splits, share
     return best

@@ -35,7 +35,7 @@ LAYERS = {
     "checkpoint": 0,
     "triton_kernels": 0,
     "cpu_kernels": 0,
-    "triton_mla": 0,
+    "triton_mla": 1,
     "hub_kernels": 0,
     "hub": 0,
     "plain_attention": 2,

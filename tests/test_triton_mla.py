@@ -1,6 +1,5 @@
 """The latent decode kernel against its plain twin. Without a GPU it runs in Triton's interpreter."""
 
-import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from modeling_deepseek import LatentCache, hub_kernels, ops, plain_attention, quantized
+from modeling_deepseek import LatentCache, ops, plain_attention, quantized
 from modeling_deepseek.ops import attend_latents
 from modeling_deepseek.plain_attention import absorbed_attention_reference
 from tiny import tiny_model, tiny_tokens
@@ -330,114 +329,6 @@ def test_a_cache_in_8_bits_is_read_as_it_is(dtype, forced, monkeypatch):
     error = (kernel.float() - plain.float()).norm() / plain.float().norm()
     assert error.item() < (1e-5 if dtype == torch.float32 else 3e-2)
     assert forced.calls == [(2, 4, 2, 28)] * 3
-
-
-def test_flash_attention_3_gets_what_it_wants(forced, monkeypatch):
-    """By its documented arguments; what stands in for it here computes what its documentation says."""
-    asked = []
-
-    def flash(q, k_cache, v_cache, qv, softmax_scale):
-        asked.append((tuple(q.shape), tuple(k_cache.shape), tuple(v_cache.shape), tuple(qv.shape)))
-        scores = torch.einsum("bshr,btr->bhst", q, k_cache[:, :, 0]) + torch.einsum(
-            "bshc,btc->bhst", qv, v_cache[:, :, 0]
-        )
-        return torch.einsum("bhst,btc->bshc", (scores * softmax_scale).softmax(-1), v_cache[:, :, 0])
-
-    monkeypatch.setattr(hub_kernels, "_flash_attention_3", lambda: flash)
-    tensors = absorbed_inputs(queries=1)
-    expected = absorbed_attention_reference(*tensors, 0.2)[0]
-    monkeypatch.setattr(ops, "MLA_DECODE", "fa3")
-    torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
-    assert asked == [((2, 1, 4, 8), (2, 30, 1, 8), (2, 30, 1, 20), (2, 1, 4, 20))]
-    attend_latents(*tensors, 0.2, causal(1, 30), weights=False)  # a mask: Triton
-    attend_latents(*absorbed_inputs(queries=2), 0.2, weights=False)
-    assert len(asked) == 1
-    assert len(forced.calls) == 2
-
-
-def test_flash_attention_3_names_the_package_that_is_missing(monkeypatch):
-    monkeypatch.setattr(ops, "MLA_DECODE", "fa3")
-    monkeypatch.setattr("transformers.integrations.hub_kernels.is_kernels_available", lambda: False)
-    with pytest.raises(ImportError, match="kernels"):
-        attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)
-
-
-class PagedAttention:
-    """What stands in for FlashInfer's `BatchMLAPagedAttentionWrapper`: it computes what its documentation says."""
-
-    made = []
-
-    def __init__(self, float_workspace_buffer):
-        assert float_workspace_buffer.nbytes == 128 * 2**20
-        self.plans = []
-        self.made.append(self)
-
-    def plan(self, *, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal, **planned):
-        assert (num_heads, head_dim_ckv, head_dim_kpe, page_size, causal) == (4, 20, 8, 1, False)
-        assert all(
-            planned[name].dtype == torch.int32 for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
-        )
-        self.plans.append(planned)
-
-    def run(self, *, q_nope, q_pe, ckv_cache, kpe_cache):
-        planned, found = self.plans[-1], []
-        assert (q_nope.dtype, ckv_cache.dtype) == (planned["q_data_type"], planned["kv_data_type"])
-        for row, end in enumerate(planned["qo_indptr"][1:].tolist()):
-            pages = planned["kv_indices"][planned["kv_indptr"][row] : planned["kv_indptr"][row + 1]]
-            assert len(pages) == planned["kv_len_arr"][row]
-            latent, k_rope = ckv_cache[pages, 0], kpe_cache[pages, 0]
-            scores = q_nope[end - 1] @ latent.T + q_pe[end - 1] @ k_rope.T
-            found.append((scores * planned["sm_scale"]).softmax(-1) @ latent)
-        return torch.stack(found)
-
-
-@pytest.fixture
-def flashinfer(monkeypatch):
-    module = ModuleType("flashinfer.mla")
-    module.BatchMLAPagedAttentionWrapper = PagedAttention
-    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
-    monkeypatch.setitem(sys.modules, "flashinfer.mla", module)
-    monkeypatch.setattr(PagedAttention, "made", [])
-    monkeypatch.setattr(hub_kernels, "_planned", functools.cache(hub_kernels._Planned))
-    monkeypatch.setattr(ops, "MLA_DECODE", "flashinfer")
-    return PagedAttention.made
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("spare", [0, 9, "other", "strided", "wider"], ids=str)
-def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
-    """The cache as it lies, where both buffers have as many rows; else a copy. A plan serves every layer of a step."""
-    for keys in (*range(2, 20), 30, 30, 31):
-        tensors = [tensor[:batch] if index < 4 else tensor for index, tensor in enumerate(absorbed_inputs(queries=1))]
-        held = [torch.randn(batch, keys + (spare if type(spare) is int else 9), width) for width in (20, 8)]
-        if spare == "other":
-            held[0] = torch.randn(batch, keys + 3, 20)
-        if spare == "strided":
-            held[1] = torch.randn(batch, keys + 9, 16)[..., ::2]
-        if spare == "wider":
-            held[1] = torch.randn(batch, keys + 9, 11)[..., 3:]
-        tensors[2:4] = (buffer[:, :keys].to(DEVICE) for buffer in held)
-        expected = absorbed_attention_reference(*tensors, 0.2)[0]
-        torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
-    (made,) = flashinfer
-    assert len(made.plans) == 20
-
-
-def test_flashinfer_decodes_the_tokens_that_triton_decodes(flashinfer, monkeypatch):
-    model = tiny_model("v3", attn_implementation="sdpa", kv_lora_rank=20, qk_rope_head_dim=8).to(DEVICE)
-    ids, generated = tiny_tokens(model.config, length=6).to(DEVICE), []
-    for way in ("flashinfer", "torch"):
-        monkeypatch.setattr(ops, "MLA_DECODE", way)
-        generated.append(model.generate(ids, max_new_tokens=5, do_sample=False))
-    assert torch.equal(*generated)
-    assert len(flashinfer[0].plans) == 4  # one per step, for all of its layers
-
-
-def test_flashinfer_names_the_package_that_is_missing(monkeypatch):
-    monkeypatch.setattr(ops, "MLA_DECODE", "flashinfer")
-    monkeypatch.setitem(sys.modules, "flashinfer.mla", None)
-    with pytest.raises(ImportError, match="flashinfer-python: install it"):
-        attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)
 
 
 def test_drafts_of_mtp_are_verified_the_same(forced):

@@ -90,19 +90,19 @@ def _block_scaled_product(
     )
 
 
-def _ceil(number: int, divisor: int) -> int:
-    """Triton's own `cdiv` cannot be traced by torch.compile."""
+def ceil_div(number: int, divisor: int) -> int:
+    """`number / divisor` rounded up. Triton's own `cdiv` cannot be traced by torch.compile."""
     return -(-number // divisor)
 
 
 def quantize_rows(x: torch.Tensor, ue8m0: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`x` `[M, K]` -> E4M3 `[M, K]` and fp32 scales `[M, ceil(K / 128)]`."""
     rows, columns = x.shape
-    groups = _ceil(columns, GROUP)
+    groups = ceil_div(columns, GROUP)
     quantized = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(rows, groups, dtype=torch.float32, device=x.device)
     tile = 1 if rows <= 16 else 16
-    _quantize_rows[_ceil(rows, tile), groups](
+    _quantize_rows[ceil_div(rows, tile), groups](
         x.contiguous(), quantized, scales, rows, columns, UE8M0=ue8m0, ROWS=tile, GROUP=GROUP, FP8_MAX=448.0
     )
     return quantized, scales
@@ -119,7 +119,7 @@ def block_scaled_product(
     quantized, x_scales = quantize_rows(x, ue8m0)
     output = x.new_empty(rows, columns)
     tile = next((tile for most, tile in _TILES.items() if rows <= most), _LARGE)
-    _block_scaled_product[_ceil(columns, tile[1]), _ceil(rows, tile[0])](
+    _block_scaled_product[ceil_div(columns, tile[1]), ceil_div(rows, tile[0])](
         quantized,
         x_scales,
         weight.contiguous(),
