@@ -27,17 +27,18 @@ BEYOND_L2 = 256 * 2**20  # bytes
 EIGHT_BITS = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-def make(batch: int, heads: int, queries: int, context: int, latents: str, device: str) -> dict:
-    """Arguments of the kernel: a query, and a cache with spare room as `LatentCache` leaves it."""
-    generator = torch.Generator(device).manual_seed(0)
+def make(batch: int, heads: int, queries: int, context: int, latents: str, device: str, seed: int = 0) -> dict:
+    """Arguments of the kernel: a query, and a cache with spare room as `LatentCache` leaves it on a GPU."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
 
     made = dict(q_latent=normal(batch, heads, queries, RANK), q_rope=normal(batch, heads, queries, ROPE))
-    made["latent"], made["k_rope"] = (normal(batch, context + 64, width)[:, :context] for width in (RANK, ROPE))
+    held = normal(batch, context + 64 + -context % 64, RANK + ROPE)[:, :context]
+    made["latent"], made["k_rope"] = held.split((RANK, ROPE), dim=-1)
     if latents in EIGHT_BITS:
-        made["latent"] = (made["latent"] * 16).to(EIGHT_BITS[latents])
+        made["latent"], made["k_rope"] = (made["latent"] * 16).to(EIGHT_BITS[latents]), made["k_rope"].contiguous()
         made["scales"] = torch.full((batch, context), 1 / 16, device=device)
     return made
 
@@ -56,35 +57,7 @@ def kernel(**tensors: torch.Tensor) -> torch.Tensor:
     return triton_mla.mla_decode(**tensors, scaling=SCALING)
 
 
-def in_pages(q_latent, q_rope, latent, k_rope) -> dict:
-    """What FlashMLA wants: query and key in one row each, the cache in pages of 64 tokens, and a plan."""
-    from flash_mla import get_mla_metadata
-
-    (batch, heads, queries, _), length, device = q_latent.shape, latent.shape[1], latent.device
-    pages = -(-length // 64)
-    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-    plan, splits = get_mla_metadata(lengths, queries * heads, 1)
-    return dict(
-        q=torch.cat((q_latent, q_rope), -1).transpose(1, 2),
-        k_cache=torch.nn.functional.pad(torch.cat((latent, k_rope), -1), (0, 0, 0, 64 * pages - length)).view(
-            batch * pages, 64, 1, -1
-        ),
-        block_table=torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
-        cache_seqlens=lengths,
-        tile_scheduler_metadata=plan,
-        num_splits=splits,
-    )
-
-
-def flashmla(**paged) -> torch.Tensor:
-    from flash_mla import flash_mla_with_kvcache
-
-    return flash_mla_with_kvcache(**paged, head_dim_v=RANK, softmax_scale=SCALING)[0].transpose(1, 2)
-
-
-# name -> what it makes of the arguments before it is timed, and what is timed
-BESIDE = {name: (dict, functools.partial(form, scaling=SCALING)) for name, form in hub_kernels.DECODES.items()}
-BESIDE["flashmla"] = (in_pages, flashmla)
+BESIDE = {name: functools.partial(form, scaling=SCALING) for name, form in hub_kernels.DECODES.items()}
 
 
 def error(output: torch.Tensor, tensors: dict) -> float:
@@ -146,19 +119,18 @@ def row(shape: tuple[int, int, int, int], args: argparse.Namespace, device: str,
     if not wrong < TOLERANCE:
         raise SystemExit(f"wrong: relative error {wrong:.1e} at batch {batch}, context {context}, {heads} heads")
     read = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("q_"))
-    copies = copies_of(tensors, read, args)
+    copies = copies_of(shape, read, args, device)
     ours = seconds(kernel, copies, args.rounds)
     middle = statistics.median(ours)
     operations = 2 * batch * heads * queries * context * (2 * RANK + ROPE)
     rates = f"{read / middle / 1e9:.0f} | {100 * read / middle / copied:.0f} % | {operations / middle / 1e12:.1f}"
     beside = []
-    for prepare, form in ((dict, plain), *(BESIDE[name] for name in args.beside)):
+    for form in (plain, *(BESIDE[name] for name in args.beside)):
         try:
-            prepared = [prepare(**each) for each in copies]
-            if not error(form(**prepared[0]), tensors) < TOLERANCE:
+            if not error(form(**tensors), tensors) < TOLERANCE:
                 beside.append("wrong |")
                 continue
-            theirs = seconds(form, prepared, args.rounds)
+            theirs = seconds(form, copies, args.rounds)
             beside.append(f"{spread(theirs)} | {statistics.median(theirs) / middle:.1f}x")
         except Exception as problem:  # out of memory, not installed, not for this GPU or these heads
             beside.append(f"{(str(problem) or type(problem).__name__).splitlines()[0][:60]} |")
@@ -166,16 +138,16 @@ def row(shape: tuple[int, int, int, int], args: argparse.Namespace, device: str,
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def copies_of(tensors: dict, read: int, args: argparse.Namespace) -> list[dict]:
+def copies_of(shape: tuple[int, int, int, int], read: int, args: argparse.Namespace, device: str) -> list[dict]:
     """As many sets of arguments as do not fit the L2 together."""
     number = 1 if args.smoke else min(64, math.ceil(BEYOND_L2 / read))
-    return [tensors, *({name: tensor.clone() for name, tensor in tensors.items()} for _ in range(number - 1))]
+    return [make(*shape, args.latents, device, seed) for seed in range(number)]
 
 
 def sweep(shape: tuple[int, int, int, int], args: argparse.Namespace, device: str) -> None:
     """Times every tile for one shape, fastest first."""
     tensors, found = make(*shape, args.latents, device), []
-    copies = copies_of(tensors, tensors["latent"].nbytes, args)
+    copies = copies_of(shape, tensors["latent"].nbytes, args, device)
     chosen, tile = dict(triton_mla._TILES), 16 if shape[1] * shape[2] <= 16 else 64
     try:
         for tokens, stages, warps in product((16,) if args.smoke else (16, 32, 64, 128), (1, 2, 3, 4), (4, 8)):

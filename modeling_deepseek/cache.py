@@ -11,6 +11,7 @@ from .quantized import QuantizedStates, as_tensor
 
 GROWTH = 1.25  # factor by which a full buffer grows
 MIN_SPARE = 64  # tokens of room that every new buffer leaves for the steps to come
+PAGE = 64  # tokens that a buffer has a multiple of, as kernels for paged caches count them
 
 
 class LatentLayer(DynamicLayer):
@@ -116,12 +117,30 @@ class LatentLayer(DynamicLayer):
         return held.shape[0] != states.shape[0] or self.dtype != states.dtype or held.device != states.device
 
     def _grow(self, needed: int) -> None:
-        capacity = max(needed + MIN_SPARE, int(self._buffers[0].shape[-2] * GROWTH))
-        for which, buffer in enumerate(self._buffers):
-            larger = buffer.new_empty((*buffer.shape[:-2], capacity, buffer.shape[-1]))
-            larger.narrow(-2, 0, self._lengths[which]).copy_(self._view(which))
-            self._buffers[which] = larger
+        rows, _, held, _ = self._buffers[0].shape
+        self._fill(self._allocate(rows, max(needed + MIN_SPARE, int(held * GROWTH))), self.stored)
         self._in_graph = False
+
+    def _allocate(self, rows: int, capacity: int) -> list[torch.Tensor]:
+        """New buffers like those held, for so many tokens or some more."""
+        capacity += -capacity % PAGE
+        if not self._side_by_side():
+            return [buffer.new_empty(rows, 1, capacity, buffer.shape[-1]) for buffer in self._buffers]
+        both, (rank, rope) = self._buffers[0].new_empty(rows, 1, capacity, sum(self.widths)), self.widths
+        return [both.narrow(-1, 0, rank), both.narrow(-1, rank, rope)]
+
+    def _side_by_side(self) -> bool:
+        """Whether the latent and the rope key of a token share a row of memory, as FlashMLA reads them and others may: on GPUs.
+
+        A CPU has its matrix products faster with each on its own.
+        """
+        return self._buffers[0].is_cuda and len(self.parts) == 2
+
+    def _fill(self, buffers: list[torch.Tensor], held: list[torch.Tensor]) -> None:
+        """Takes `buffers`, with the tokens `held` at their beginning."""
+        for buffer, tokens in zip(buffers, held, strict=True):
+            buffer.narrow(-2, 0, tokens.shape[-2]).copy_(tokens)
+        self._buffers = buffers
 
     def _adopt(self, which: int, states: torch.Tensor, tokens: int) -> None:
         """Takes `[B, 1, tokens, ...]` as the contents of a buffer."""
@@ -155,11 +174,8 @@ class LatentLayer(DynamicLayer):
         self._lengths = [kept] * len(self.parts)
 
     def _gather_rows(self, rows: torch.Tensor) -> None:
-        for which, buffer in enumerate(self._buffers):
-            chosen = self._view(which)[rows.to(buffer.device)]
-            gathered = buffer.new_empty((chosen.shape[0], *buffer.shape[1:]))
-            gathered.narrow(-2, 0, self._lengths[which]).copy_(chosen)
-            self._buffers[which] = gathered
+        chosen = [tokens[rows.to(tokens.device)] for tokens in self.stored]
+        self._fill(self._allocate(chosen[0].shape[0], self._buffers[0].shape[-2]), chosen)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.get_seq_length() > 0:

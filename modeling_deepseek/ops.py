@@ -25,7 +25,9 @@ from .triton_mla import mla_decode
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
-MLA_DECODE = "auto"  # or "kernel", "fa3", "flashinfer", "torch": how new tokens meet a cache; set it to choose
+MLA_DECODE = (
+    "auto"  # or "kernel", "fa3", "flashinfer", "flashmla", "torch": how new tokens meet a cache; set it to choose
+)
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 
 
@@ -84,15 +86,16 @@ def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | No
     """Whether the attention of these queries, latents and weights runs in a kernel: by [`MLA_DECODE`].
 
     "auto" takes the Triton kernel for up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability
-    8.0 on. "fa3" takes Flash Attention 3 of the `kernels` package (Hopper), "flashinfer" FlashInfer, for one new token without a
-    mask, and the Triton kernel for the rest; neither was run by us. Whatever was chosen, what needs gradients, runs under autocast,
-    or has an additive mask or one per head takes the plain form.
+    8.0 on. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper), "flashinfer" and "flashmla" (for Hopper) name what one
+    new token without a mask takes, the rest taking the Triton kernel; none was run by us. Whatever was chosen, what needs
+    gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
 
     Raises:
         ValueError: for another `MLA_DECODE`, and for a kernel's name where there is none.
     """
     if MLA_DECODE not in ("auto", "kernel", *DECODES, "torch"):
-        raise ValueError(f"MLA_DECODE is 'auto', 'kernel', 'fa3', 'flashinfer' or 'torch', got {MLA_DECODE!r}.")
+        kernels = ", ".join(map(repr, DECODES))
+        raise ValueError(f"MLA_DECODE is 'auto', 'kernel', {kernels} or 'torch', got {MLA_DECODE!r}.")
     queries, device = tensors[0], tensors[2].device
     if MLA_DECODE == "auto" and device.type != "cuda":
         return False

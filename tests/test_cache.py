@@ -13,6 +13,13 @@ from tiny import tiny_config, tiny_model, tiny_tokens
 RANK, ROPE, LAYERS = 28, 8, 3  # of tiny_config("v3")
 
 
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"], autouse=True)
+def side_by_side(request, monkeypatch) -> bool:
+    """How latents and rope keys lie: each on its own, as on a CPU, or one behind the other, as on a GPU."""
+    monkeypatch.setattr(LatentLayer, "_side_by_side", lambda layer: request.param and len(layer.parts) == 2)
+    return request.param
+
+
 def latents(length: int, batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 1, length, RANK, dtype=dtype), torch.randn(batch, 1, length, ROPE, dtype=dtype)
 
@@ -99,6 +106,27 @@ def test_tokens_are_appended_in_place_between_growths():
     for _ in range(64):
         append([cache], 1)
         assert addresses(cache) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("lengths", [(5,), (64, 1), (100, 40, 7)], ids=str)
+def test_buffers_have_whole_pages_and_the_layout_of_their_device(batch, lengths, side_by_side):
+    cache, _ = filled(*lengths, batch=batch)
+    for operation in (
+        lambda: None,
+        lambda: cache.reorder_cache(torch.arange(batch)),
+        lambda: append([cache], 300, batch),
+    ):
+        operation()
+        for layer in cache.layers:
+            latent, k_rope = layer.keys, layer.values
+            width = RANK + ROPE if side_by_side else RANK
+            assert latent.stride()[2:] == (width, 1)
+            assert latent.stride(0) % (64 * width) == 0
+            behind = k_rope.data_ptr() == latent.data_ptr() + RANK * latent.element_size()
+            assert behind == side_by_side
+            assert not side_by_side or k_rope.stride() == latent.stride()
 
 
 @torch.no_grad()
@@ -371,3 +399,13 @@ def test_a_cache_of_another_number_of_layers_is_an_error_before_anything_is_writ
     with pytest.raises(ValueError, match=f"built for {layers} layers, and the model has 3"):
         model(torch.arange(5, 9)[None], past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_what_was_saved_is_loaded_and_goes_on(tmp_path):
+    ours, theirs = filled(70, 3)
+    ours.save(tmp_path / "prefix")
+    again = LatentCache.load(tmp_path / "prefix", tiny_config("v3"))
+    assert_same(again, theirs)
+    append([again, theirs], 80)
+    assert_same(again, theirs)

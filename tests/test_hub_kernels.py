@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_deepseek import hub_kernels, ops
+from modeling_deepseek.cache import LatentLayer
 from modeling_deepseek.ops import attend_latents
 from modeling_deepseek.plain_attention import absorbed_attention_reference
 from modeling_deepseek.triton_mla import AVAILABLE, mla_decode
@@ -91,7 +92,7 @@ def flashinfer(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("spare", [0, 9, "other", "strided", "wider"], ids=str)
+@pytest.mark.parametrize("spare", [0, 9, "other", "strided", "wider", "side by side"], ids=str)
 def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
     """The cache as it lies, where both buffers have as many rows; else a copy. A plan serves every layer of a step."""
     for keys in (*range(2, 20), 30, 30, 31):
@@ -103,6 +104,8 @@ def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
             held[1] = torch.randn(batch, keys + 9, 16)[..., ::2]
         if spare == "wider":
             held[1] = torch.randn(batch, keys + 9, 11)[..., 3:]
+        if spare == "side by side":
+            held = torch.randn(batch, keys + 9, 28, device=DEVICE).split((20, 8), dim=-1)
         tensors[2:4] = (buffer[:, :keys].to(DEVICE) for buffer in held)
         expected = absorbed_attention_reference(*tensors, 0.2)[0]
         torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
@@ -124,4 +127,100 @@ def test_flashinfer_names_the_package_that_is_missing(monkeypatch):
     monkeypatch.setattr(ops, "MLA_DECODE", "flashinfer")
     monkeypatch.setitem(sys.modules, "flashinfer.mla", None)
     with pytest.raises(ImportError, match="flashinfer-python: install it"):
+        attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)
+
+
+class Paged:
+    """What stands in for FlashMLA: it computes what its documentation says, and counts."""
+
+    def __init__(self):
+        self.plans, self.seen = 0, []
+
+    def get_mla_metadata(self, cache_seqlens, heads_per_key, key_heads):
+        assert key_heads == 1
+        self.plans += 1
+        return (cache_seqlens, heads_per_key), None
+
+    def flash_mla_with_kvcache(
+        self, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits, softmax_scale
+    ):
+        assert tile_scheduler_metadata == (cache_seqlens, q.shape[2])
+        assert k_cache.shape[1:] == (64, 1, q.shape[-1])
+        assert block_table.dtype == cache_seqlens.dtype == torch.int32
+        self.seen.append(k_cache)
+        found = []
+        for query, pages, length in zip(q, block_table, cache_seqlens, strict=True):
+            keys = k_cache[pages].flatten(0, 2)[:length]
+            scores = torch.einsum("shd,td->sht", query, keys) * softmax_scale
+            found.append(scores.softmax(-1) @ keys[:, :head_dim_v])
+        return torch.stack(found), None
+
+
+@pytest.fixture
+def flashmla(monkeypatch):
+    module = Paged()
+    monkeypatch.setitem(sys.modules, "flash_mla", module)
+    monkeypatch.setattr(ops, "MLA_DECODE", "flashmla")
+    hub_kernels._flashmla_plan.cache_clear()
+    yield module
+    hub_kernels._flashmla_plan.cache_clear()
+
+
+PARTS = (slice(0, 20), slice(20, 28))
+LAYOUTS = {  # of a cache of `[batch, room]`: what it holds, and whether FlashMLA can read it where it lies, at batch 1 and 2
+    "side by side": (lambda batch, room: torch.randn(batch, room, 28).split((20, 8), dim=-1), (True, True)),
+    "two buffers": (lambda batch, room: [torch.randn(batch, room, width) for width in (20, 8)], (False, False)),
+    "two of one size": (
+        lambda batch, room: [torch.randn(batch, room, 28)[..., part] for part in PARTS],
+        (False, False),
+    ),
+    "the other way round": (
+        lambda batch, room: torch.randn(batch, room, 28).split((8, 20), dim=-1)[::-1],
+        (False,) * 2,
+    ),
+    "more beside them": (
+        lambda batch, room: torch.randn(batch, room, 30).split((20, 8, 2), dim=-1)[:2],
+        (False, False),
+    ),
+    "no whole pages": (lambda batch, room: torch.randn(batch, room + 3, 28).split((20, 8), dim=-1), (True, False)),
+    "too short": (lambda batch, room: torch.randn(batch, room - 1, 28).split((20, 8), dim=-1), (False, False)),
+    "one for all": (
+        lambda batch, room: torch.randn(1, room, 28).expand(batch, -1, -1).split((20, 8), -1),
+        (True, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("keys", [1, 63, 65, 130])
+def test_flashmla_gets_what_it_wants(keys, batch, layout, flashmla):
+    """The cache as it lies, where latents and rope keys share whole pages; else a copy."""
+    make, readable = LAYOUTS[layout]
+    tensors = [tensor[:batch] if index < 4 else tensor for index, tensor in enumerate(absorbed_inputs(queries=1))]
+    held = tensors[2:4] = [states[:, :keys] for states in make(batch, -(-keys // 64) * 64)]
+    expected = absorbed_attention_reference(*tensors, 0.2)[0]
+    torch.testing.assert_close(attend_latents(*tensors, 0.2, weights=False)[0], expected, rtol=0, atol=2e-5)
+    (seen,) = flashmla.seen
+    assert (seen.data_ptr() == held[0].data_ptr()) == readable[batch - 1]
+
+
+def test_flashmla_reads_the_cache_that_a_gpu_has(flashmla, monkeypatch):
+    """The tokens that plain attention generates, one plan per step, and no copies."""
+    monkeypatch.setattr(LatentLayer, "_side_by_side", lambda layer: True)
+    model = tiny_model("v3", attn_implementation="sdpa", kv_lora_rank=20, qk_rope_head_dim=8).to(DEVICE)
+    ids, generated = tiny_tokens(model.config, length=60).to(DEVICE), []
+    for way in ("flashmla", "torch"):
+        monkeypatch.setattr(ops, "MLA_DECODE", way)
+        generated.append(model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None))
+    assert torch.equal(*generated)
+    assert flashmla.plans == 8
+    assert len(flashmla.seen) == 8 * model.config.num_hidden_layers
+    assert len({pages.data_ptr() for pages in flashmla.seen}) == model.config.num_hidden_layers
+
+
+def test_flashmla_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setattr(ops, "MLA_DECODE", "flashmla")
+    monkeypatch.setitem(sys.modules, "flash_mla", None)
+    with pytest.raises(ImportError, match="flash_mla: install it"):
         attend_latents(*absorbed_inputs(queries=1), 0.2, weights=False)

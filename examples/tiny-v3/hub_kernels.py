@@ -4,11 +4,14 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 FLASH_ATTENTION_3 = (
     "kernels-community/flash-attn3"  # takes the rope part as the head, and 512 more query columns beside it
 )
 FLASHINFER_WORKSPACE = 128 * 2**20  # bytes, as its documentation recommends
+FLASHINFER_ALIGNED = 16  # bytes, which it reads at a time
+FLASHMLA_PAGE = 64  # tokens; it takes no other
 
 
 @functools.cache
@@ -66,13 +69,11 @@ def flashinfer_decode(
     Raises:
         ImportError: without the package `flashinfer-python`.
     """
-    (batch, heads, _, rank), length, rope = q_latent.shape, latent.shape[1], q_rope.shape[-1]
-    held, device = (latent, k_rope), latent.device
-    rows = {length if batch == 1 else x.stride(0) / x.shape[2] for x in held}  # tokens from one row to the next
-    behind_each_other = all(x.stride()[1:] == (x.shape[2], 1) for x in held)
-    if not behind_each_other or len(rows) > 1 or not float(*rows).is_integer():
+    (batch, heads, _, rank), length, rope, device = q_latent.shape, latent.shape[1], q_rope.shape[-1], latent.device
+    rows = {_tokens_per_row(x) for x in (latent, k_rope)}
+    if None in rows or len(rows) > 1:
         latent, k_rope, rows = latent.contiguous(), k_rope.contiguous(), {length}
-    rows = int(*rows)
+    (rows,) = rows
     planned = _planned(device)
     plan = (batch, length, rows, heads, rank, rope, scaling, q_latent.dtype)
     if planned.plan != plan:
@@ -94,10 +95,85 @@ def flashinfer_decode(
         )
         planned.plan = plan
     pages = (batch - 1) * rows + length
-    ckv, kpe = (x.as_strided((pages, 1, x.shape[-1]), (x.shape[-1], x.shape[-1], 1)) for x in (latent, k_rope))
+    ckv, kpe = (x.as_strided((pages, 1, x.shape[2]), (x.stride(1), x.stride(1), 1)) for x in (latent, k_rope))
     q_latent, q_rope = (x.squeeze(2).contiguous() for x in (q_latent, q_rope))
     output = planned.wrapper.run(q_nope=q_latent, q_pe=q_rope, ckv_cache=ckv, kpe_cache=kpe)
     return output.unsqueeze(2)
 
 
-DECODES = {"fa3": fa3_decode, "flashinfer": flashinfer_decode}
+def _tokens_per_row(held: torch.Tensor) -> int | None:
+    """Tokens from one row of `[B, T, n]` to the next, if FlashInfer can read them where they lie."""
+    row, token, element = held.stride()
+    aligned = held.data_ptr() % FLASHINFER_ALIGNED == token * held.element_size() % FLASHINFER_ALIGNED == 0
+    if element != 1 or not aligned:
+        return None
+    if held.shape[0] == 1:
+        return held.shape[1]
+    return None if row % token else row // token
+
+
+@torch.compiler.disable
+def flashmla_decode(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """As [`fa3_decode`], by FlashMLA, which is for widths of 512 + 64 on Hopper.
+
+    Raises:
+        ImportError: without the package `flash_mla`.
+    """
+    try:
+        from flash_mla import flash_mla_with_kvcache
+    except ImportError as error:
+        raise ImportError(
+            "MLA_DECODE = 'flashmla' wants the package flash_mla: install it from github.com/deepseek-ai/FlashMLA."
+        ) from error
+    (batch, heads, _, rank), length, pages = q_latent.shape, latent.shape[1], in_pages(latent, k_rope)
+    plan = _flashmla_plan(latent.device, batch, heads, length, len(pages) // batch)
+    query = torch.cat((q_latent, q_rope), dim=-1).transpose(1, 2)
+    output, _ = flash_mla_with_kvcache(query, pages, head_dim_v=rank, softmax_scale=scaling, **plan)
+    return output.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=16)  # a plan serves all layers of a step, on every device that has some
+def _flashmla_plan(device: torch.device, batch: int, heads: int, length: int, pages: int) -> dict:
+    """What FlashMLA wants to know beside the tensors, for rows of `length` tokens in `pages` pages each."""
+    from flash_mla import get_mla_metadata
+
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
+    metadata, splits = get_mla_metadata(lengths, heads, 1)
+    return dict(
+        block_table=torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
+        cache_seqlens=lengths,
+        tile_scheduler_metadata=metadata,
+        num_splits=splits,
+    )
+
+
+def in_pages(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+    """latent `[B, T, c]`, k_rope `[B, T, r]` -> pages `[P, 64, 1, c + r]`, of which every row of the batch has as many.
+
+    The memory itself where [`LatentCache`] has both side by side, as on a GPU; otherwise a copy. What lies behind the tokens is
+    anything.
+    """
+    batch, length, rank = latent.shape
+    width = rank + k_rope.shape[-1]
+    page = FLASHMLA_PAGE * width
+    needed = -(-length // FLASHMLA_PAGE) * page
+    row = latent.stride(0) if batch > 1 else needed
+    memory, start = latent.untyped_storage(), latent.storage_offset()
+    as_it_is = (
+        memory.data_ptr() == k_rope.untyped_storage().data_ptr()
+        and k_rope.storage_offset() == start + rank
+        and latent.stride()[1:] == k_rope.stride()[1:] == (width, 1)
+        and (batch == 1 or k_rope.stride(0) == row)
+        and row % page == 0
+        and row >= needed
+        and (start + batch * row) * latent.element_size() <= memory.nbytes()
+    )
+    if not as_it_is:
+        both = F.pad(torch.cat((latent, k_rope), dim=-1), (0, 0, 0, -length % FLASHMLA_PAGE))
+        return both.view(-1, FLASHMLA_PAGE, 1, width)
+    return latent.as_strided((batch * row // page, FLASHMLA_PAGE, 1, width), (page, width, width, 1))
+
+
+DECODES = {"fa3": fa3_decode, "flashinfer": flashinfer_decode, "flashmla": flashmla_decode}
