@@ -2,7 +2,8 @@
 
     python benchmarks/experts.py [--tokens 1 2 4 8 ...] [--dtypes bfloat16 float32] [--backward]
 
-DeepSeek-V2-Lite: 64 experts of 2048 x 1408, 6 per token, chosen at random. Native's eager loop and grouped_mm both count.
+DeepSeek-V2-Lite: 64 experts of 2048 x 1408, 6 per token, chosen at random. Native's eager loop and grouped_mm both count; with
+--backward `--native grouped_mm` leaves out the loop, which makes a gradient of all experts for each of them.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Exper
 from modeling_deepseek import DeepseekV2Config
 from modeling_deepseek.moe import DeepseekExperts, few_tokens_experts_forward
 
-NATIVE = ("native eager", "native grouped_mm")
+NATIVE = ("eager", "grouped_mm")
 OURS = ("auto", "few", "grouped_mm", "eager")
 
 
@@ -48,17 +49,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 128, 256, 512, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--forms", nargs="+", default=["auto"], choices=OURS)
+    parser.add_argument("--native", nargs="+", default=NATIVE, choices=NATIVE)
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(args.backward)
+    natives = [f"native {form}" for form in args.native]
     print(machine(args.threads), "forward and backward" if args.backward else "forward")
     head("dtype", "tokens", *(f"ours {form}, ms" for form in args.forms), "better native", "it takes of the first")
     for name in args.dtypes:
         dtype, weights, built = getattr(torch, name), None, {}
-        for each in (*args.forms, *NATIVE):
+        for each in (*args.forms, *natives):
             built[each], weights = experts_of(each, weights, dtype)
         for tokens in args.tokens:
             torch.manual_seed(tokens)
@@ -66,7 +69,7 @@ def main() -> None:
             inputs = (x, torch.stack([torch.randperm(64)[:6] for _ in range(tokens)]), torch.rand(tokens, 6))
             calls = {each: partial(run, each, experts, inputs, args.backward) for each, experts in built.items()}
             times = take_turns(calls, args.rounds)
-            native = better(times, list(NATIVE))
+            native = better(times, natives)
             ours = [spread(times[form], 1e3) for form in args.forms]
             row(name, tokens, *ours, native, f"{spread(ratios(times[native], times[args.forms[0]]))} x")
 
