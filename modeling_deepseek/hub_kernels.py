@@ -10,7 +10,7 @@ FLASH_ATTENTION_3 = (
     "kernels-community/flash-attn3"  # takes the rope part as the head, and 512 more query columns beside it
 )
 FLASHINFER_WORKSPACE = 128 * 2**20  # bytes, as its documentation recommends
-FLASHINFER_ALIGNED = 16  # bytes, which it reads at a time
+ALIGNED = 16  # bytes, which these kernels read at a time
 FLASHMLA_PAGE = 64  # tokens; it takes no other
 
 
@@ -104,12 +104,16 @@ def flashinfer_decode(
 def _tokens_per_row(held: torch.Tensor) -> int | None:
     """Tokens from one row of `[B, T, n]` to the next, if FlashInfer can read them where they lie."""
     row, token, element = held.stride()
-    aligned = held.data_ptr() % FLASHINFER_ALIGNED == token * held.element_size() % FLASHINFER_ALIGNED == 0
-    if element != 1 or not aligned:
+    if element != 1 or token == 0 or not _is_aligned(held):
         return None
     if held.shape[0] == 1:
         return held.shape[1]
     return None if row % token else row // token
+
+
+def _is_aligned(held: torch.Tensor) -> bool:
+    """Whether every token of `[B, T, n]` begins where it can be read in one go."""
+    return held.data_ptr() % ALIGNED == held.stride(1) * held.element_size() % ALIGNED == 0
 
 
 @torch.compiler.disable
@@ -162,13 +166,15 @@ def in_pages(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
     row = latent.stride(0) if batch > 1 else needed
     memory, start = latent.untyped_storage(), latent.storage_offset()
     as_it_is = (
-        memory.data_ptr() == k_rope.untyped_storage().data_ptr()
+        latent.dtype == k_rope.dtype
+        and memory.data_ptr() == k_rope.untyped_storage().data_ptr()
         and k_rope.storage_offset() == start + rank
         and latent.stride()[1:] == k_rope.stride()[1:] == (width, 1)
         and (batch == 1 or k_rope.stride(0) == row)
         and row % page == 0
         and row >= needed
         and (start + batch * row) * latent.element_size() <= memory.nbytes()
+        and _is_aligned(latent)
     )
     if not as_it_is:
         both = F.pad(torch.cat((latent, k_rope), dim=-1), (0, 0, 0, -length % FLASHMLA_PAGE))

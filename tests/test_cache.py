@@ -1,6 +1,7 @@
 """LatentCache against a cache that concatenates: what it holds, where it grows, and that nobody sees the difference."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -399,6 +400,61 @@ def test_a_cache_of_another_number_of_layers_is_an_error_before_anything_is_writ
     with pytest.raises(ValueError, match=f"built for {layers} layers, and the model has 3"):
         model(torch.arange(5, 9)[None], past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("devices", "dtypes", "bits", "expected"),
+    [
+        ("gpu", ("bfloat16", "bfloat16"), None, True),
+        ("gpu", ("float32", "bfloat16"), None, False),
+        ("gpu", ("bfloat16", "bfloat16"), 8, False),
+        ("cpu", ("bfloat16", "bfloat16"), None, False),
+    ],
+)
+def test_only_a_gpu_has_them_side_by_side_and_only_in_one_dtype(devices, dtypes, bits, expected, monkeypatch):
+    monkeypatch.undo()
+    (layer,) = LatentCache(tiny_config("v3", num_hidden_layers=1), bits=bits).layers
+    layer._buffers = [SimpleNamespace(is_cuda=devices == "gpu", dtype=dtype) for dtype in dtypes]
+    assert layer._side_by_side() == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 1], ids=["keys", "values"])
+def test_one_part_may_be_assigned_between_two_updates(first):
+    ours, theirs = filled(5)
+    for cache in (ours, theirs):
+        for layer in cache.layers:
+            name = ("keys", "values")[first]
+            setattr(layer, name, 2 * getattr(layer, name))
+    append([ours, theirs], 1)
+    assert_same(ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[True, False, True], [-1, 0], [1]], ids=str)
+def test_rows_are_selected_as_tensors_select_them(rows):
+    ours, theirs = filled(5, batch=3)
+    kept = [(layer.keys[torch.tensor(rows)], layer.values[torch.tensor(rows)]) for layer in theirs.layers]
+    ours.batch_select_indices(torch.tensor(rows))
+    for layer, (keys, values) in zip(ours.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+@torch.no_grad()
+def test_what_autocast_left_in_two_dtypes_is_kept_and_saved(tmp_path, side_by_side):
+    model, ids = tiny_model("v3"), tiny_tokens(tiny_config("v3"), length=9)
+    cache = LatentCache(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, past_key_values=cache)
+    cache.save(tmp_path / "prefix")
+    again = LatentCache.load(tmp_path / "prefix", model.config)
+    for layer, other in zip(again.layers, cache.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, other.values.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = [model(ids[:, :1], past_key_values=each).logits for each in (again, cache)]
+    assert torch.equal(*steps)
 
 
 @torch.no_grad()

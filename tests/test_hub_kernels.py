@@ -92,7 +92,7 @@ def flashinfer(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("spare", [0, 9, "other", "strided", "wider", "side by side"], ids=str)
+@pytest.mark.parametrize("spare", [0, 9, "other", "strided", "wider", "side by side", "one token"], ids=str)
 def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
     """The cache as it lies, where both buffers have as many rows; else a copy. A plan serves every layer of a step."""
     for keys in (*range(2, 20), 30, 30, 31):
@@ -104,6 +104,8 @@ def test_flashinfer_gets_what_it_wants(spare, batch, flashinfer):
             held[1] = torch.randn(batch, keys + 9, 16)[..., ::2]
         if spare == "wider":
             held[1] = torch.randn(batch, keys + 9, 11)[..., 3:]
+        if spare == "one token":
+            held[0] = torch.randn(batch, 1, 20).expand(-1, keys, -1)
         if spare == "side by side":
             held = torch.randn(batch, keys + 9, 28, device=DEVICE).split((20, 8), dim=-1)
         tensors[2:4] = (buffer[:, :keys].to(DEVICE) for buffer in held)
@@ -166,29 +168,47 @@ def flashmla(monkeypatch):
     hub_kernels._flashmla_plan.cache_clear()
 
 
-PARTS = (slice(0, 20), slice(20, 28))
-LAYOUTS = {  # of a cache of `[batch, room]`: what it holds, and whether FlashMLA can read it where it lies, at batch 1 and 2
-    "side by side": (lambda batch, room: torch.randn(batch, room, 28).split((20, 8), dim=-1), (True, True)),
-    "two buffers": (lambda batch, room: [torch.randn(batch, room, width) for width in (20, 8)], (False, False)),
-    "two of one size": (
-        lambda batch, room: [torch.randn(batch, room, 28)[..., part] for part in PARTS],
+def both(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE)
+
+
+def parts(held: torch.Tensor, latent: slice = slice(0, 20), k_rope: slice = slice(20, 28)) -> list[torch.Tensor]:
+    return [held[..., latent], held[..., k_rope]]
+
+
+# Of a cache of `[b, n]`: what it holds, and whether FlashMLA can read it where it lies, at batch 1 and 2.
+LAYOUTS = {
+    "side by side": (lambda b, n: parts(both(b, n, 28)), (True, True)),
+    "side by side in a larger one": (lambda b, n: parts(both(b, n + 64, 28)[:, 64:]), (True, False)),
+    "two buffers": (lambda b, n: [both(b, n, width) for width in (20, 8)], (False, False)),
+    "two of one size": (lambda b, n: [parts(both(b, n, 28))[which] for which in (0, 1)], (False, False)),
+    "the other way round": (lambda b, n: parts(both(b, n + 64, 28), slice(8, 28), slice(0, 8)), (False, False)),
+    "more beside them": (lambda b, n: parts(both(b, n, 30)), (False, False)),
+    "the rope key of another token": (
+        lambda b, n: [parts(each)[which] for which, each in enumerate(one_later(both(b, n + 64, 28)))],
         (False, False),
     ),
-    "the other way round": (
-        lambda batch, room: torch.randn(batch, room, 28).split((8, 20), dim=-1)[::-1],
-        (False,) * 2,
-    ),
-    "more beside them": (
-        lambda batch, room: torch.randn(batch, room, 30).split((20, 8, 2), dim=-1)[:2],
-        (False, False),
-    ),
-    "no whole pages": (lambda batch, room: torch.randn(batch, room + 3, 28).split((20, 8), dim=-1), (True, False)),
-    "too short": (lambda batch, room: torch.randn(batch, room - 1, 28).split((20, 8), dim=-1), (False, False)),
-    "one for all": (
-        lambda batch, room: torch.randn(1, room, 28).expand(batch, -1, -1).split((20, 8), -1),
-        (True, False),
-    ),
+    "every other latent": (lambda b, n: every_other(both(b, 2 * n, 28), 2, 1), (False, False)),
+    "every other rope key": (lambda b, n: every_other(both(b, 2 * n, 28), 1, 2), (False, False)),
+    "no whole pages": (lambda b, n: parts(both(b, n + 3, 28)), (True, False)),
+    "too short": (lambda b, n: parts(both(b, n - 1, 28)), (False, False)),
+    "no whole words": (lambda b, n: parts(both(b * n * 28 + 1)[1:].view(b, n, 28)), (False, False)),
+    "one for all": (lambda b, n: parts(both(1, n, 28).expand(b, -1, -1)), (True, False)),
+    "one rope key for all": (lambda b, n: one_for_all(both(b, n, 28)), (True, False)),
 }
+
+
+def one_later(held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return held[:, :-1], held[:, 1:]
+
+
+def every_other(held: torch.Tensor, *steps: int) -> list[torch.Tensor]:
+    return [part[:, ::step] for part, step in zip(parts(held), steps, strict=True)]
+
+
+def one_for_all(held: torch.Tensor) -> list[torch.Tensor]:
+    latent, k_rope = parts(held)
+    return [latent, k_rope[:1].expand_as(k_rope)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

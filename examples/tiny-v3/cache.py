@@ -1,6 +1,7 @@
 """The latent cache of MLA models: the normed latent and the rotated rope key of every token, and nothing else."""
 
 import os
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedConfig
@@ -106,7 +107,7 @@ class LatentLayer(DynamicLayer):
         locked = self._in_graph
         if not torch.compiler.is_compiling():  # which cannot trace the question
             locked |= self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
-        if locked or end > self._buffers[0].shape[-2]:
+        if locked or end > min(buffer.shape[-2] for buffer in self._buffers):
             self._grow(end)
         for which, new in enumerate(states):
             self._buffers[which].narrow(-2, self._lengths[which], new.shape[-2]).copy_(new)
@@ -118,29 +119,28 @@ class LatentLayer(DynamicLayer):
 
     def _grow(self, needed: int) -> None:
         rows, _, held, _ = self._buffers[0].shape
-        self._fill(self._allocate(rows, max(needed + MIN_SPARE, int(held * GROWTH))), self.stored)
+        self._move(rows, max(needed + MIN_SPARE, int(held * GROWTH)), lambda tokens: tokens)
         self._in_graph = False
 
-    def _allocate(self, rows: int, capacity: int) -> list[torch.Tensor]:
-        """New buffers like those held, for so many tokens or some more."""
+    def _move(self, rows: int, capacity: int, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """What `chosen` makes of the tokens held goes to new buffers for `capacity` tokens or some more."""
         capacity += -capacity % PAGE
-        if not self._side_by_side():
-            return [buffer.new_empty(rows, 1, capacity, buffer.shape[-1]) for buffer in self._buffers]
-        both, (rank, rope) = self._buffers[0].new_empty(rows, 1, capacity, sum(self.widths)), self.widths
-        return [both.narrow(-1, 0, rank), both.narrow(-1, rank, rope)]
+        both = self._buffers[0].new_empty(rows, 1, capacity, sum(self.widths)) if self._side_by_side() else None
+        for which, buffer in enumerate(self._buffers):
+            if both is None:
+                new = buffer.new_empty(rows, 1, capacity, buffer.shape[-1])
+            else:
+                new = both.narrow(-1, which * self.widths[0], self.widths[which])
+            new.narrow(-2, 0, self._lengths[which]).copy_(chosen(self._view(which)))
+            self._buffers[which] = new
 
     def _side_by_side(self) -> bool:
         """Whether the latent and the rope key of a token share a row of memory, as FlashMLA reads them and others may: on GPUs.
 
         A CPU has its matrix products faster with each on its own.
         """
-        return self._buffers[0].is_cuda and len(self.parts) == 2
-
-    def _fill(self, buffers: list[torch.Tensor], held: list[torch.Tensor]) -> None:
-        """Takes `buffers`, with the tokens `held` at their beginning."""
-        for buffer, tokens in zip(buffers, held, strict=True):
-            buffer.narrow(-2, 0, tokens.shape[-2]).copy_(tokens)
-        self._buffers = buffers
+        first, *others = self._buffers
+        return first.is_cuda and len(self.parts) == 2 and others[0].dtype == first.dtype  # under autocast they differ
 
     def _adopt(self, which: int, states: torch.Tensor, tokens: int) -> None:
         """Takes `[B, 1, tokens, ...]` as the contents of a buffer."""
@@ -174,8 +174,9 @@ class LatentLayer(DynamicLayer):
         self._lengths = [kept] * len(self.parts)
 
     def _gather_rows(self, rows: torch.Tensor) -> None:
-        chosen = [tokens[rows.to(tokens.device)] for tokens in self.stored]
-        self._fill(self._allocate(chosen[0].shape[0], self._buffers[0].shape[-2]), chosen)
+        first = self._buffers[0]
+        rows = torch.arange(first.shape[0], device=first.device)[rows.to(first.device)]
+        self._move(len(rows), first.shape[-2], lambda tokens: tokens[rows])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.get_seq_length() > 0:
@@ -349,6 +350,10 @@ class LatentCache(DynamicCache):
         tensors = {} if input_ids is None else {"input_ids": input_ids}
         for index, layer in enumerate(self.layers):
             for part, states in zip(layer.parts, layer.stored, strict=True):
+                if states.is_floating_point() and torch.promote_types(states.dtype, layer.dtype) == layer.dtype:
+                    states = states.to(
+                        layer.dtype
+                    )  # under autocast rope keys have fewer bits, and a file has one dtype
                 tensors[f"layers.{index}.{part}"] = states
         rank, rope = first.widths
         fields = dict(model_type=self.model_type, layers=len(self.layers), kv_lora_rank=rank, qk_rope_head_dim=rope)
