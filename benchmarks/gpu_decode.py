@@ -181,7 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not args.smoke:
-        raise SystemExit("gpu_decode.py measures a CUDA GPU, and torch finds none here (--smoke tries one tiny shape).")
+        raise SystemExit(
+            "gpu_decode.py measures a CUDA GPU, and torch finds none here (TRITON_INTERPRET=1 and --smoke try one tiny shape)."
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.smoke:
         args.batches, args.contexts, args.heads, args.rounds = [2], [70], [4], 1

@@ -297,6 +297,27 @@ def test_static_cache_under_torch_compile(case):
     assert torch.equal(found, expected)
 
 
+def test_a_compiled_model_generates_without_compiling_again():
+    """As the README has it: one graph for prompts, one for the steps behind them, whatever their number."""
+    model, graphs = make("v3"), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    tokens, options = prompts(model), dict(do_sample=False, cache_implementation="static")
+    expected = model.generate(tokens, max_new_tokens=9, **options)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, backend=backend)
+    found = model.generate(tokens, max_new_tokens=9, **options)
+    compiled = len(graphs)
+    again = model.generate(tokens, max_new_tokens=9, **options)
+    torch.compiler.reset()
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert compiled == len(graphs) == 2
+
+
 def test_a_cache_of_another_width_is_an_error(mla_model):
     narrower = copy.deepcopy(mla_model.config)
     narrower.kv_lora_rank -= 4

@@ -334,8 +334,21 @@ def test_blocks_of_latents_equal_all_at_once(kind, fast, dtype, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [16, 128])
+def test_128k_cached_tokens(heads):
+    """In the geometry of V2 and V3, 128 heads in blocks; one token in the middle outweighs all others."""
+    keys = 131_073
+    tensors = [x.float() for x in inputs(Sizes(1, 1, 1, heads, 512, 128, 64, 128))]
+    tensors[2:4] = torch.randn(1, keys, 512), torch.randn(1, keys, 64)
+    tensors[2][:, 70_000] = 4 * torch.einsum("hn,hnc->c", tensors[0][0, :, 0], tensors[4]) / heads**0.5
+    output, _ = attend_latents(*tensors, 0.1147, weights=False)
+    expected = absorbed_attention_reference(*(x.double() for x in tensors), 0.1147)[0]
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
 def test_128_heads_of_v3_over_a_long_cache(monkeypatch):
-    """At 128k positions scores are far apart: the largest differs from block to block."""
+    """Scores are far apart: the largest differs from block to block."""
     tensors = inputs(Sizes(1, 1, 2 * plain_attention.KEY_BLOCK + 1, 128, 512, 128, 64, 128), torch.float32)
     tensors[2][0, ::500] *= 30
     monkeypatch.setattr(ops, "SCORES", 128 * tensors[2].shape[1] - 1)

@@ -240,3 +240,14 @@ def test_no_tokens_are_routed_nowhere():
     logits, gates, chosen = Routing().router()(torch.empty(2, 0, 48))
     assert logits.shape == (0, 16)
     assert gates.shape == chosen.shape == (0, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["v2", "v3", "moe16b"])
+def test_it_never_waits_for_a_gpu(family):
+    """Tensors without numbers cannot be asked for any, as a GPU could only after all that it was told before."""
+    config = tiny_config(family)
+    with torch.device("meta"):
+        router = DeepseekTopkRouter(config)
+        _, gates, chosen = router(torch.empty(2, 5, config.hidden_size))
+    assert gates.shape == chosen.shape == (10, config.num_experts_per_tok)

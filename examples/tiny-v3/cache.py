@@ -195,7 +195,8 @@ class QuantizedLatentLayer(LatentLayer):
     """A layer that keeps its latents, and with 6 bits its rope keys, as [`QuantizedStates`].
 
     `.keys` and `.values` are dequantised when they are read and quantised when they are assigned. What attention sees of a token
-    is the same in the call that brings it and in all later ones: results do not depend on how a text is cut into calls.
+    is the same in the call that brings it and in all later ones: results do not depend on how a text is cut into calls but for
+    rounding, which in 16 bits tips a number now and then.
     """
 
     bits: tuple[int, int | None]  # of latents and rope keys; `None`: these stay as they come
