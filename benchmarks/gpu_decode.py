@@ -144,6 +144,14 @@ def copies_of(shape: tuple[int, int, int, int], read: int, args: argparse.Namesp
     return [make(*shape, args.latents, device, seed) for seed in range(number)]
 
 
+def tile_of(tensors: dict) -> tuple[int, int, int, int]:
+    """Rows, tokens, stages and warps that the kernel takes for these arguments."""
+    query, latent = tensors["q_latent"], tensors["latent"]
+    shared = triton_mla._device(latent.device)[1]
+    rows = query.shape[1] * query.shape[2]
+    return triton_mla._tile(rows, RANK, ROPE, query.element_size(), shared, "scales" in tensors)
+
+
 def sweep(shape: tuple[int, int, int, int], args: argparse.Namespace, device: str) -> None:
     """Times every tile for one shape, fastest first."""
     tensors, found = make(*shape, args.latents, device), []
@@ -155,8 +163,8 @@ def sweep(shape: tuple[int, int, int, int], args: argparse.Namespace, device: st
             triton_mla._too_large.clear()
             try:
                 middle = statistics.median(seconds(kernel, copies, args.rounds))
-                if triton_mla._too_large:
-                    raise ValueError("Triton wants more shared memory than there is")  # and has taken another tile
+                if triton_mla._too_large or tile_of(tensors) != (tile, tokens, stages, warps):
+                    raise ValueError("wants more shared memory than there is")  # and another tile was taken
                 found.append((middle, tokens, stages, warps))
             except Exception as problem:  # it does not fit
                 print(f"  {tokens} tokens, {stages} stages, {warps} warps: {str(problem).splitlines()[0][:80]}")

@@ -228,7 +228,7 @@ def train(
     set_seed(0)
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     model = DeepseekV3ForCausalLM.from_pretrained(last, dtype="float32") if last else DeepseekV3ForCausalLM(config)
-    model.set_experts_implementation("eager" if device == "cpu" else "grouped_mm")
+    model.set_experts_implementation("eager" if device == "cpu" else "auto")
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -326,7 +326,7 @@ def for_all_heads(tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tens
 
 def plain_weight(linear: nn.Module) -> nn.Parameter | None:
     """The weight of a linear layer that is nothing but it (and its scales): no adapter, sharding, offloading or hook."""
-    wrapped = type(linear) not in (nn.Linear, FP8Linear) or "forward" in vars(linear)
+    wrapped = type(linear) not in (nn.Linear, FP8Linear) or ("forward" in vars(linear) and not _is_only_placed(linear))
     if wrapped or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     if linear._backward_hooks or linear._backward_pre_hooks:
@@ -334,3 +334,10 @@ def plain_weight(linear: nn.Module) -> nn.Parameter | None:
     weight = linear.weight
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
     return weight if plain else None
+
+
+def _is_only_placed(linear: nn.Module) -> bool:
+    """Whether all that wraps it is accelerate's hook of a `device_map`, which moves inputs to where the weight lies."""
+    hook, own = vars(linear).get("_hf_hook"), vars(linear).get("_old_forward")
+    placed = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+    return placed and getattr(own, "__func__", None) is type(linear).forward

@@ -137,9 +137,9 @@ class Routing:
         self.chosen.clear()
         self.best.clear()
 
-    def seen(self, width: int, depth: int) -> torch.Tensor | slice:
-        """[`seen_tokens`] of a router that reads `width` tokens."""
-        return seen_tokens(self.ids, width, depth) if self.padded or depth else slice(None)
+    def seen(self, width: int, depth: int, device: torch.device) -> torch.Tensor | slice:
+        """[`seen_tokens`] of a router on `device` that reads `width` tokens."""
+        return seen_tokens(self.ids, width, depth).to(device) if self.padded or depth else slice(None)
 
     def losses(
         self, per_sequence: bool, n_group: int, topk_group: int, targets: torch.Tensor | None = None
@@ -157,11 +157,12 @@ class Routing:
             weights = weights / weights.sum().clamp(min=1)
         total = 0
         for scores, chosen, best, depth in zip(self.scores, self.chosen, self.best, self.depths, strict=True):
-            width = scores.shape[1]
-            seen = self.seen(width, depth)
-            of_rows = rows[:, :width].flatten()[seen] if per_sequence else None
+            width, device = scores.shape[1], scores.device  # of a model on several GPUs each layer has its own
+            seen = self.seen(width, depth, device)
+            of_rows = rows[:, :width].flatten().to(device)[seen] if per_sequence else None
             scores, chosen, best = (each.flatten(0, 1)[seen] for each in (scores, chosen, best))
-            total = total + torch.stack(balance_losses(scores, chosen, of_rows, n_group, topk_group, weights, best))
+            found = balance_losses(scores, chosen, of_rows, n_group, topk_group, weights.to(device), best)
+            total = total + torch.stack(found).to(self.ids.device)
         return total
 
 

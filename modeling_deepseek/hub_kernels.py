@@ -2,9 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 
 FLASH_ATTENTION_3 = (
     "kernels-community/flash-attn3"  # takes the rope part as the head, and 512 more query columns beside it
@@ -125,26 +128,28 @@ def flashmla_decode(
     Raises:
         ImportError: without the package `flash_mla`.
     """
+    (batch, heads, _, rank), length, pages = q_latent.shape, latent.shape[1], in_pages(latent, k_rope)
+    plan = _flashmla_plan(latent.device, batch, heads, length, len(pages) // batch)
+    query = torch.cat((q_latent, q_rope), dim=-1).transpose(1, 2)
+    output, _ = _flash_mla().flash_mla_with_kvcache(query, pages, head_dim_v=rank, softmax_scale=scaling, **plan)
+    return output.transpose(1, 2)
+
+
+def _flash_mla():
     try:
-        from flash_mla import flash_mla_with_kvcache
+        import flash_mla
     except ImportError as error:
         raise ImportError(
             "MLA_DECODE = 'flashmla' wants the package flash_mla: install it from github.com/deepseek-ai/FlashMLA."
         ) from error
-    (batch, heads, _, rank), length, pages = q_latent.shape, latent.shape[1], in_pages(latent, k_rope)
-    plan = _flashmla_plan(latent.device, batch, heads, length, len(pages) // batch)
-    query = torch.cat((q_latent, q_rope), dim=-1).transpose(1, 2)
-    output, _ = flash_mla_with_kvcache(query, pages, head_dim_v=rank, softmax_scale=scaling, **plan)
-    return output.transpose(1, 2)
+    return flash_mla
 
 
 @functools.lru_cache(maxsize=16)  # a plan serves all layers of a step, on every device that has some
 def _flashmla_plan(device: torch.device, batch: int, heads: int, length: int, pages: int) -> dict:
     """What FlashMLA wants to know beside the tensors, for rows of `length` tokens in `pages` pages each."""
-    from flash_mla import get_mla_metadata
-
     lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-    metadata, splits = get_mla_metadata(lengths, heads, 1)
+    metadata, splits = _flash_mla().get_mla_metadata(lengths, heads, 1)
     return dict(
         block_table=torch.arange(batch * pages, dtype=torch.int32, device=device).view(batch, pages),
         cache_seqlens=lengths,
@@ -183,3 +188,15 @@ def in_pages(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
 
 
 DECODES = {"fa3": fa3_decode, "flashinfer": flashinfer_decode, "flashmla": flashmla_decode}
+
+
+def present(device: torch.device, rank: int, rope: int) -> list[str]:
+    """Those of [`DECODES`] that this GPU can run at once: they are for its kind and these widths, and here.
+
+    FlashInfer compiles at its first use, for a minute or more: it waits to be named.
+    """
+    if (rank, rope) != (512, 64) or torch.cuda.get_device_capability(device) != (9, 0):
+        return []
+    loaded = Path(constants.HF_HUB_CACHE).glob(f"*--{FLASH_ATTENTION_3.replace('/', '--')}")
+    here = {"flashmla": find_spec("flash_mla"), "fa3": find_spec("kernels") and any(loaded)}
+    return [name for name, found in here.items() if found]

@@ -75,7 +75,7 @@ class ExpertLoad:
             if not self.counting:
                 return
             depth = getattr(router, "depth", 0)  # routers of other classes are in main layers
-            seen = seen_tokens(self.ids, inputs[0].shape[1], depth)
+            seen = seen_tokens(self.ids, inputs[0].shape[1], depth).to(output[2].device)
             gates, chosen = output[1][seen], output[2][seen]
             self.counts[name] += torch.bincount(chosen.flatten(), minlength=router.num_experts)
             if drops(router):
@@ -161,8 +161,8 @@ class ExpertLoadCallback(TrainerCallback):
             "load_entropy": _mean(load_entropy, self.total),
         }
         if any(map(drops, self.load.routers.values())):
-            visits = sum(counts.sum() for counts in self.total.values())
-            found["dropped_share"] = (sum(self.dropped.values()) / visits).item()
+            visits, dropped = (sum(each.sum().item() for each in of.values()) for of in (self.total, self.dropped))
+            found["dropped_share"] = dropped / visits
         found |= self.more_to_log()
         logs.update(found)
         if state.log_history:

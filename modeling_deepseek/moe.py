@@ -52,6 +52,11 @@ def auto_experts_forward(
     tokens, arguments = hidden_states.shape[0], (hidden_states, top_k_index, top_k_weights)
     if hidden_states.dtype == torch.float64 and not torch.compiler.is_compiling():
         return sorted_loop(experts, *arguments)  # PyTorch's grouped product has no fp64
+    device, weight = hidden_states.device.type, experts.gate_up_proj.dtype
+    if device not in ("cpu", "meta") and weight == torch.float32 and torch.is_autocast_enabled(device):
+        return sorted_loop(
+            experts, *arguments
+        )  # autocast does not know PyTorch's grouped product, which would run in fp32
     if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for any number of tokens
         return grouped_mm_experts_forward(experts, *arguments)
     if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU

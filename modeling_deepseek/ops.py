@@ -1,15 +1,18 @@
 """The hot operations: one door for each, which chooses between its plain form and the kernels that there are for it."""
 
+import functools
 import itertools
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded
 from .dtypes import cast
-from .hub_kernels import DECODES
+from .hub_kernels import DECODES, present
 from .plain_attention import (
+    GPU_SCORES,
     SCORES,
     absorbed_attention,
     absorbed_attention_in_blocks,
@@ -17,6 +20,7 @@ from .plain_attention import (
     per_head,
 )
 from .quantized import QuantizedStates, is_quantized, rotate
+from .trials import is_right, seconds
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 from .triton_mla import AVAILABLE as DECODE_KERNEL
@@ -28,6 +32,7 @@ C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matr
 MLA_DECODE = (
     "auto"  # or "kernel", "fa3", "flashinfer", "flashmla", "torch": how new tokens meet a cache; set it to choose
 )
+MLA_DECODE_TRIED = 2, 4000  # rows and tokens of the cache that kernels are tried with
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 
 
@@ -43,20 +48,22 @@ def attend_latents(
     dropout: float = 0.0,
     weights: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[`absorbed_attention`], in one Triton kernel for what [`decodes_in_kernel`] says yes to; `weights` says if they are wanted.
+    """[`absorbed_attention`], or the kernel that [`decode_kernel`] names; `weights` says if they are wanted.
 
     Returns:
         outputs `[B, H, S, v]`, and attention weights `[B, H, S, T]` or `None`.
     """
     tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
-    if weights or dropout or not decodes_in_kernel(tensors, mask):
-        many = latent.device.type == "cpu" and math.prod(q_nope.shape[:3]) * latent.shape[1] > SCORES
+    kernel = None if weights or dropout else decode_kernel(tensors, mask)
+    if kernel is None:
+        most = SCORES if latent.device.type == "cpu" else GPU_SCORES
+        many = math.prod(q_nope.shape[:3]) * latent.shape[1] > most
         if many and not (weights or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             return absorbed_attention_in_blocks(*tensors, scaling, mask), None
         return absorbed_attention(*tensors, scaling, mask=mask, dropout=dropout)
     q_latent = per_head(q_nope, w_uk)
-    if MLA_DECODE in DECODES and mask is None and q_nope.shape[2] == 1:
-        context = DECODES[MLA_DECODE](q_latent, q_rope, latent, k_rope, scaling)
+    if kernel in DECODES:
+        context = DECODES[kernel](q_latent, q_rope, latent, k_rope, scaling)
     else:
         context = mla_decode(q_latent, q_rope, latent, k_rope, scaling, mask)
     return per_head(context, w_uv.transpose(1, 2)), None
@@ -72,9 +79,9 @@ def attend_quantized_latents(
     scaling: float,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[`absorbed_attention_quantized`]; latents in 8 bits in one Triton kernel for what [`decodes_in_kernel`] says yes to."""
+    """[`absorbed_attention_quantized`]; latents in 8 bits in the Triton kernel where [`decode_kernel`] names it."""
     eight_bits = latent.bits == 8 and not is_quantized(k_rope)
-    if eight_bits and decodes_in_kernel((q_nope, q_rope, k_rope, k_rope, w_uk, w_uv), mask):
+    if eight_bits and decode_kernel((q_nope, q_rope, k_rope, k_rope, w_uk, w_uv), mask, quantized=True):
         query, codes, scales = rotate(per_head(q_nope, w_uk)), latent.codes, latent.multipliers(torch.float32)
         tensors = (cast(query, q_nope.dtype), q_rope, codes.squeeze(1), k_rope.squeeze(1))
         context = rotate(mla_decode(*tensors, scaling, mask, scales=scales.squeeze(1)))
@@ -82,13 +89,13 @@ def attend_quantized_latents(
     return absorbed_attention_quantized(q_nope, q_rope, latent, k_rope, w_uk, w_uv, scaling, mask)
 
 
-def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> bool:
-    """Whether the attention of these queries, latents and weights runs in a kernel: by [`MLA_DECODE`].
+def decode_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, quantized: bool = False) -> str | None:
+    """Which kernel these queries, latents and weights attend in, by [`MLA_DECODE`]; `None` for the plain form.
 
-    "auto" takes the Triton kernel for up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability
-    8.0 on. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper), "flashinfer" and "flashmla" (for Hopper) name what one
-    new token without a mask takes, the rest taking the Triton kernel; none was run by us. Whatever was chosen, what needs
-    gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
+    "auto" takes up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability 8.0 on to the fastest
+    kernel that [`gpu_decodes`] has found right there. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper), "flashinfer"
+    and "flashmla" (for Hopper) are for one new token without a mask; the rest goes to the Triton kernel, "kernel". Whatever was
+    chosen, what needs gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
 
     Raises:
         ValueError: for another `MLA_DECODE`, and for a kernel's name where there is none.
@@ -97,28 +104,62 @@ def decodes_in_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | No
         kernels = ", ".join(map(repr, DECODES))
         raise ValueError(f"MLA_DECODE is 'auto', 'kernel', {kernels} or 'torch', got {MLA_DECODE!r}.")
     queries, device = tensors[0], tensors[2].device
-    if MLA_DECODE == "auto" and device.type != "cuda":
-        return False
+    if MLA_DECODE == "torch" or (MLA_DECODE == "auto" and device.type != "cuda"):
+        return None
     dtypes = {tensor.dtype for tensor in tensors}
     one_kind = len(dtypes) == 1 and dtypes < {torch.bfloat16, torch.float16, torch.float32}
-    if MLA_DECODE in ("kernel", *DECODES) and not (DECODE_KERNEL and one_kind):
+    if MLA_DECODE != "auto" and not (DECODE_KERNEL and one_kind):
         raise ValueError(
             f"MLA_DECODE = {MLA_DECODE!r} wants Triton, and queries, latents and weights that are all bf16, fp16 or fp32, got "
             f"{', '.join(sorted(map(str, dtypes)))}: leave it at 'auto'."
         )
-    if MLA_DECODE == "auto":
-        fits = queries.shape[2] <= MLA_DECODE_MAX_QUERIES and queries.element_size() == 2
-        if not (fits and one_kind and gpu_decodes_in_kernel(device)):
-            return False
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     plain_mask = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-    return MLA_DECODE != "torch" and plain_mask and not trains and not torch.is_autocast_enabled(device.type)
+    if not plain_mask or trains or torch.is_autocast_enabled(device.type):
+        return None
+    names = MLA_DECODE, "kernel"
+    if MLA_DECODE == "auto":
+        if not one_kind or queries.element_size() != 2 or queries.shape[2] > MLA_DECODE_MAX_QUERIES:
+            return None
+        names = gpu_decodes(device, queries.dtype, queries.shape[1], tensors[4].shape[2], tensors[1].shape[3])
+    if quantized or mask is not None or queries.shape[2] > 1:
+        names = [name for name in names if name == "kernel"]
+    return names[0] if names else None
 
 
 @torch.compiler.assume_constant_result
-def gpu_decodes_in_kernel(device: torch.device) -> bool:
-    """Whether `device` is a GPU that the decode kernel was written for, and Triton is there."""
-    return DECODE_KERNEL and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def gpu_decodes(device: torch.device, dtype: torch.dtype, heads: int, rank: int, rope: int) -> tuple[str, ...]:
+    """Names of the kernels that decode on this GPU, by a trial of each that is there; the fastest first."""
+    if not DECODE_KERNEL or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return ()
+    if torch.cuda.is_current_stream_capturing():
+        return ("kernel",)  # nothing can be tried inside of a CUDA graph
+    return tried_decodes(device, dtype, heads, rank, rope)
+
+
+@functools.cache
+@torch.no_grad()
+def tried_decodes(device: torch.device, dtype: torch.dtype, heads: int, rank: int, rope: int) -> tuple[str, ...]:
+    """Names of the kernels that give on `device` what the plain form gives in fp32; the fastest first."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows, tokens = MLA_DECODE_TRIED
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    q_latent, q_rope = normal(rows, heads, 1, rank), normal(rows, heads, 1, rope)
+    latent, k_rope = normal(rows, tokens, rank + rope).split((rank, rope), dim=-1)
+    arguments, scaling = (q_latent, q_rope, latent, k_rope), (rank + rope) ** -0.5
+    wide = [tensor.float() for tensor in arguments]
+    scores = wide[0].squeeze(2) @ wide[2].mT + wide[1].squeeze(2) @ wide[3].mT
+    expected = ((scores * scaling).softmax(-1) @ wide[2]).unsqueeze(2)
+    forms = {"kernel": mla_decode} | {name: DECODES[name] for name in present(device, rank, rope)}
+    times = {}
+    for name, form in forms.items():
+        call = functools.partial(form, *arguments, scaling)
+        if is_right(f"The kernel {name!r} for MLA_DECODE", call, expected):
+            times[name] = seconds(call, device)
+    return tuple(sorted(times, key=times.get))
 
 
 @torch.compiler.assume_constant_result
@@ -127,16 +168,14 @@ def gpu_wants_padded_values(
 ) -> bool:
     """Whether PyTorch's causal attention on this GPU is flash attention only where `values` wide values are padded to `keys`.
 
-    PyTorch is asked: flash attention wants equal widths, cuDNN (on Hopper, from 9.11) takes 192 / 128 as it is. Without either it
-    runs memory-efficient attention, which is slower (to be measured).
+    PyTorch is asked what it would choose: flash attention wants equal widths, cuDNN takes 192 / 128 as it is, but is preferred on
+    some GPUs only. Without either it runs memory-efficient attention, which is slower (to be measured).
     """
     query = torch.empty(1, 1, 256, keys, dtype=dtype, device=device, requires_grad=trains)
     narrow = torch.empty(1, 1, 256, values, dtype=dtype, device=device, requires_grad=trains)
-    ask = torch.backends.cuda
-    as_it_is, padded = (ask.SDPAParams(query, query, value, None, dropout, True, False) for value in (narrow, query))
-    if ask.can_use_flash_attention(as_it_is) or ask.can_use_cudnn_attention(as_it_is):
-        return False
-    return ask.can_use_flash_attention(padded)
+    flash, cudnn = (int(getattr(SDPBackend, name)) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"))
+    as_it_is, padded = (torch._fused_sdp_choice(query, query, value, None, dropout, True) for value in (narrow, query))
+    return as_it_is not in (flash, cudnn) and padded in (flash, cudnn)
 
 
 def block_scaled_product_reference(
@@ -270,6 +309,29 @@ def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple
     return True
 
 
+@torch.compiler.assume_constant_result
 def gpu_multiplies_fp8(device: torch.device | None = None) -> bool:
-    """Whether the GPU `device` (the current one) has products of FP8, and Triton is there to use them."""
-    return AVAILABLE and torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the GPU `device` (the current one) has products of FP8, and our kernel for them is right there, by a trial."""
+    if not AVAILABLE or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        return True  # nothing can be tried inside of a CUDA graph
+    return tried_fp8_product(torch.device("cuda", torch.cuda.current_device()) if device is None else device)
+
+
+@functools.cache
+@torch.no_grad()
+def tried_fp8_product(device: torch.device) -> bool:
+    """Whether the Triton product gives on `device` what its reference gives, for one token and for many."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(320, 384, device=device, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 3, device=device, generator=generator) + 0.5
+    right = True
+    for tokens in (1, 200):
+        x = torch.randn(tokens, 384, dtype=torch.bfloat16, device=device, generator=generator)
+        expected = block_scaled_product_reference(x.float(), weight, scale, (GROUP, GROUP))
+        call = functools.partial(block_scaled_product, x, weight, scale, (GROUP, GROUP))
+        right = right and is_right("The block-FP8 product", call, expected)
+    return right

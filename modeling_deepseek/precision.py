@@ -5,7 +5,7 @@ import re
 import torch
 from torch import nn
 
-from .fp8 import DEFAULT_BLOCK, SCALE_SUFFIX, FP8Experts, FP8Linear, quantize
+from .fp8 import DEFAULT_BLOCK, GPU_PIECE, SCALE_SUFFIX, FP8Experts, FP8Linear, quantize
 from .fp8_checkpoint import DequantizedSlice, checkpoint_slices, expert_layers, fused_experts
 from .moe import DeepseekExperts
 
@@ -112,7 +112,7 @@ def quantize_model(model: nn.Module, scale_fmt: str | None, block_size: tuple[in
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(f"{name} is offloaded, out of reach of quantize_fp8: load the model without an offload.")
-        if _QUANTIZED.search(name) and not all(part.isfinite().all() for part in parameter.split(1)):
+        if _QUANTIZED.search(name) and not all(part.isfinite().all() for part in _pieces(parameter)):
             raise ValueError(f"{name} holds values that are not finite, which FP8 has no scale for.")
     for path, module in list(model.named_modules()):
         if isinstance(module, DeepseekExperts):
@@ -121,6 +121,11 @@ def quantize_model(model: nn.Module, scale_fmt: str | None, block_size: tuple[in
             weight, scale = quantize(module.weight, block_size, scale_fmt)
             _replace(model, path, FP8Linear(weight, scale, block_size, module.bias, scale_fmt == "ue8m0"))
             model.get_submodule(path).compute_dtype = module.weight.dtype
+
+
+def _pieces(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of it that are checked at a time: in little memory, and with few questions to the device."""
+    return parameter.split(max(1, GPU_PIECE // max(1, parameter[0].numel())))
 
 
 def _quantized_experts(module: DeepseekExperts, scale_fmt, block_size, hidden_act: str) -> FP8Experts:

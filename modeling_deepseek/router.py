@@ -123,8 +123,8 @@ class DeepseekTopkRouter(nn.Module):
                 best = scores.detach().topk(self.top_k, dim=-1).indices if self.topk_method == "noaux_tc" else chosen
                 routing.collect(*(each.view(*batch, -1) for each in (scores, chosen, best)), self.depth)
             if routing.protected is not None:
-                protected = routing.protected[:, None].expand(batch).flatten()
-                seen = routing.seen(batch[1], self.depth)
+                protected = routing.protected[:, None].expand(batch).flatten().to(scores.device)
+                seen = routing.seen(batch[1], self.depth, scores.device)
                 stay = torch.ones_like(chosen, dtype=torch.bool)
                 stay[seen] = within_capacity(
                     scores.detach()[seen], chosen[seen], protected[seen], self.n_group, self.capacity_factor

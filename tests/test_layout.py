@@ -37,6 +37,7 @@ LAYERS = {
     "cpu_kernels": 0,
     "triton_mla": 1,
     "hub_kernels": 0,
+    "trials": 0,
     "hub": 0,
     "plain_attention": 2,
     "ops": 3,

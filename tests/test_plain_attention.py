@@ -250,31 +250,42 @@ def test_no_dropout_is_exact_and_dropout_thins_the_weights():
     torch.testing.assert_close(thinned[survivors], kept[survivors] / 0.75)
 
 
+MATH, FLASH, EFFICIENT, CUDNN = range(4)  # as PyTorch numbers them
+
+
 @pytest.mark.parametrize(
-    ("flash", "cudnn", "padded"),
+    ("as_it_is", "equal", "padded"),
     [
-        (lambda p: p.query.shape == p.value.shape, lambda p: False, True),  # A100
-        (lambda p: p.query.shape == p.value.shape, lambda p: True, False),  # H100
-        (lambda p: True, lambda p: False, False),
-        (lambda p: False, lambda p: False, False),  # fp32
+        (EFFICIENT, FLASH, True),  # A100, and H100 where cuDNN is not preferred
+        (CUDNN, CUDNN, False),  # H100
+        (FLASH, FLASH, False),
+        (EFFICIENT, CUDNN, True),
+        (EFFICIENT, EFFICIENT, False),  # fp32
+        (MATH, MATH, False),
     ],
-    ids=["equal widths", "cuDNN", "any widths", "neither"],
 )
-def test_values_are_padded_for_flash_where_no_other_kernel_takes_them(flash, cudnn, padded, monkeypatch):
-    ask = ops.gpu_wants_padded_values
-    arguments = (torch.device("cpu"), torch.bfloat16, 192, 128, True, 0.0)
-    if not torch.cuda.is_available():
-        assert not ask(*arguments)
-    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", flash)
-    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", cudnn)
-    assert ask(*arguments) is padded
+def test_values_are_padded_where_pytorch_chooses_a_faster_kernel_then(as_it_is, equal, padded, monkeypatch):
+    asked = []
+
+    def choice(query, key, value, mask, dropout, causal):
+        asked.append((query.requires_grad, dropout, causal))
+        return equal if query.shape == value.shape else as_it_is
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    arguments = (torch.device("cpu"), torch.bfloat16, 192, 128, True, 0.25)
+    assert ops.gpu_wants_padded_values(*arguments) is padded
+    assert asked == [(True, 0.25, True)] * 2
 
 
-def test_the_question_for_padded_values_does_not_break_a_graph():
+def test_pytorch_answers_the_question_for_padded_values():
+    """On a CPU, too, it chooses flash attention for equal widths only; and a graph is not broken by it."""
+
     def run(x):
         return x + ops.gpu_wants_padded_values(x.device, x.dtype, 192, 128, x.requires_grad, 0.0)
 
-    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).eq(0).all()
+    assert ops.gpu_wants_padded_values(torch.device("cpu"), torch.bfloat16, 192, 128, False, 0.0)
+    assert not ops.gpu_wants_padded_values(torch.device("cpu"), torch.bfloat16, 192, 192, False, 0.0)
+    assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(2)).eq(1).all()
 
 
 def attention_in_fp64(query, key, value, scaling, seen):

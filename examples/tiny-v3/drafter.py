@@ -132,18 +132,20 @@ class MTPDrafter:
             embeds `[B, w, d]`: of the tokens after each of these.
             counts: how many of the w are certain in each row.
         """
-        batch = torch.arange(len(counts), device=embeds.device)
         states, certain = hidden_states, []
-        before = at = tokens = None
+        before = kept = tokens = None
         for drafted, depth in enumerate(self.depths[:num_drafts]):
             if drafted:
                 embeds = nn.functional.pad(embeds, (0, 0, 0, 1))
-                embeds[batch, at + 1] = self.decoder.embed_tokens(tokens)
+                rows = torch.arange(
+                    len(counts), device=embeds.device
+                )  # of a model on several GPUs each part has its own
+                embeds[rows, torch.tensor(kept, device=embeds.device)] = self.decoder.embed_tokens(tokens)
                 states = torch.cat((before, states), dim=1)
             kept = [count + drafted for count in counts]
             states = depth.forward(states, embeds, kept)
             certain.append([length - drafted for length in depth.rows.lengths])
-            at = torch.tensor(kept, device=embeds.device) - 1
+            batch, at = torch.arange(len(kept), device=states.device), torch.tensor(kept, device=states.device) - 1
             before, depth.last = depth.last, states[batch, at - drafted][:, None]
             tokens = choose(self.head(states[batch, at]), drafted)
         self._go_on(num_drafts, states[batch, at][:, None], tokens, certain, choose)

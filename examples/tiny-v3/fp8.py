@@ -26,7 +26,7 @@ from .scratch import scratch
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
 DEFAULT_BLOCK = (128, 128)
 FP8_MAX = 448.0  # of E4M3
-PIECE = 2**20  # elements of a weight that are dequantised at a time
+PIECE, GPU_PIECE = 2**20, 2**26  # elements of a weight that are dequantised at a time
 
 
 def dequantize(
@@ -54,11 +54,9 @@ def dequantize(
         return torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     rows, columns = block_size
     scale = scale.float()
-    if weight.device.type != "cpu":
-        spread = scale.repeat_interleave(rows, 0)[: weight.shape[0]]
-        result = (weight.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]).to(dtype)
-        return result if out is None else out.copy_(result)
     result = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
+    if weight.device.type != "cpu":
+        return dequantize_at_once(weight, scale, block_size, result)
     if dequantize_in_c(weight, scale, block_size, result):
         return result
     real = type(weight.detach()) is torch.Tensor and not torch.compiler.is_compiling()
@@ -68,6 +66,24 @@ def dequantize(
         if not (quick and _multiply(weight[part], spread, result[part])):
             result[part] = weight[part].float() * spread
     return result
+
+
+def dequantize_at_once(
+    weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor
+) -> torch.Tensor:
+    """`out = weight.float() * scale` per block, rounded once, in as few bytes as PyTorch's operations move; `scale` in fp32."""
+    (rows, columns), (outer, inner) = block_size, weight.shape
+    whole = outer // rows if inner % columns == 0 and out.is_contiguous() else 0
+    if whole:
+        exact = weight[: whole * rows].to(
+            out.dtype if out.dtype.itemsize == 2 else torch.float32
+        )  # FP8 fits in 16 bits
+        blocks, target = ((each.view(whole, rows, -1, columns)) for each in (exact, out[: whole * rows]))
+        torch.mul(blocks, scale[:whole, None, :, None], out=target)
+    if whole * rows < outer:
+        spread = scale[whole:].repeat_interleave(rows, 0)[: outer - whole * rows].repeat_interleave(columns, 1)
+        out[whole * rows :] = weight[whole * rows :].float() * spread[:, :inner]
+    return out
 
 
 def _multiply(weight: torch.Tensor, spread: torch.Tensor, out: torch.Tensor) -> bool:
@@ -138,7 +154,8 @@ def dequantized_pieces(
     On a CPU the next piece overwrites the one before: fresh memory takes longer than the product.
     """
     rows = block_size[0]
-    step = max(1, PIECE // (rows * weight.shape[1]))  # in blocks
+    piece = PIECE if weight.device.type == "cpu" else GPU_PIECE
+    step = max(1, piece // (rows * weight.shape[1]))  # in blocks
     buffer = None
     if weight.device.type == "cpu":
         buffer = scratch((min(step * rows, weight.shape[0]), weight.shape[1]), dtype)
@@ -173,9 +190,9 @@ class _BlockScaledProduct(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor):
         weight, scale = ctx.saved_tensors
         result, compute = 0, _compute_dtype(gradient)
-        wide = gradient.to(compute)
+        wide, sums = gradient.to(compute), torch.promote_types(compute, torch.float32)
         for part, piece in dequantized_pieces(weight, scale, ctx.block_size, compute):
-            result = result + wide[..., part] @ piece
+            result = result + (wide[..., part] @ piece).to(sums)
         return result.to(gradient.dtype), None, None, None, None
 
 
@@ -361,11 +378,16 @@ class FP8Experts(_KeepsFP8, nn.Module):
         if together is not None:
             return together
         output = torch.zeros_like(hidden_states)
-        chosen = [
-            expert for expert in top_k_index.unique().tolist() if expert != self.num_experts
-        ]  # that: served elsewhere
-        for expert in chosen or [0]:  # on no tokens, where there are none: adapters get their gradients
-            rows, place = (top_k_index == expert).nonzero(as_tuple=True)
+        experts, order = top_k_index.flatten().sort(stable=True)
+        tokens, gates = order // top_k_index.shape[-1], top_k_weights.flatten()[order].unsqueeze(-1)
+        # one question to the device; an index of num_experts is served elsewhere
+        counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+        ends = list(itertools.accumulate(counts))
+        for expert, (count, end) in enumerate(zip(counts, ends, strict=True)):
+            if not count and (expert or ends[-1]):  # without any tokens the first runs: adapters get their gradients
+                continue
+            here = slice(end - count, end)
+            rows = tokens[here]
             product = {name: (*pair, self.block_size, self.ue8m0) for name, pair in self.weights_of(expert).items()}
             x = hidden_states[rows]
             if self.intermediate_dim % self.block_size[0]:
@@ -376,5 +398,5 @@ class FP8Experts(_KeepsFP8, nn.Module):
             gate, up = self._with_adapters(gate_up, "gate_up_proj", x, expert).chunk(2, dim=-1)
             hidden = self.act_fn(gate) * up
             found = self._with_adapters(fp8_linear(hidden, *product["down_proj"]), "down_proj", hidden, expert)
-            output.index_add_(0, rows, (found * top_k_weights[rows, place].unsqueeze(-1)).to(output.dtype))
+            output.index_add_(0, rows, (found * gates[here]).to(output.dtype))
         return output

@@ -58,7 +58,7 @@ class TrainingObjectiveMixin:
         """The loss of what the head makes of `states` `[B, S, d]`, whose logits are never all there."""
         head, chosen, loss = self.lm_head, self._loss_of_rows(), None
         weight = plain_weight(head) if chosen is causal_lm_loss and type(head) is nn.Linear else None
-        if weight is not None and head.bias is None:
+        if weight is not None and head.bias is None and weight.device == states.device:
             loss = loss_of_weight(weight, states, targets, items, kwargs.get("ignore_index", -100))
         return loss_of_states(head, chosen, states, targets, items, **kwargs) if loss is None else loss
 

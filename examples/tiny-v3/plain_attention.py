@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from .dtypes import cast, has_fast_gemm
 from .quantized import QuantizedStates, is_quantized, read, rotate, space
 
-QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together
+QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together on a CPU
+GPU_SCORES = 2**27  # likewise: half a GB of them, some times over (by reasoning)
 FEW_ROWS = 256  # heads times new tokens: measured, a CPU has their scores faster as [tokens, rows]
 KEY_BLOCK = 4096  # latents at a time, where scores are too many for one block; half as many where they are converted
 UPCAST_HEADS = 8  # whose weights are converted at a time

@@ -1,0 +1,46 @@
+"""Kernels meet GPUs that they were never run on: each is tried once, against the plain form, before its results count."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TOLERANCE = 0.02  # relative, of norms: twice what 16 bits and FP8 products leave
+CALLS = 5
+
+
+def is_right(name: str, call: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+    """Whether `call` gives `expected` up to `TOLERANCE`; a warning says so if it does not, or fails."""
+    try:
+        output = call()
+        if output.shape != expected.shape:
+            raise ValueError(f"{tuple(output.shape)} came out, expected {tuple(expected.shape)}")
+        error = ((output.to(expected.dtype) - expected).norm() / expected.norm()).item()
+    except Exception as problem:  # whatever a compiler, a driver or a package of others raises
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        logger.warning_once(f"{name} fails on this GPU and is not used: {reason}")
+        return False
+    if not error <= TOLERANCE:
+        logger.warning_once(f"{name} is wrong on this GPU (relative error {error:.1e}) and is not used.")
+        return False
+    return True
+
+
+def seconds(call: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """Of the fastest of a few calls."""
+    found = []
+    for _ in range(CALLS):
+        wait(device)
+        start = time.perf_counter()
+        call()
+        wait(device)
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
