@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from modeling_deepseek import hub_kernels, ops, trials
 from modeling_deepseek.triton_mla import AVAILABLE
@@ -123,13 +124,26 @@ def a_gpu(monkeypatch, capability=(9, 0), capturing=False):
 def test_nothing_is_tried_on_an_old_gpu_or_inside_of_a_cuda_graph(monkeypatch):
     for name in ("tried_decodes", "tried_fp8_product"):
         monkeypatch.setattr(ops, name, None)
-    shape = (torch.device("cuda", 0), torch.bfloat16, 16, 512, 64)
+    shape = (torch.device("cpu"), torch.bfloat16, 16, 512, 64)  # it only has to be somewhere
     with a_gpu(monkeypatch, (7, 5)):
         assert ops.gpu_decodes(*shape) == ()
-        assert not ops.gpu_multiplies_fp8()
+        assert not ops.gpu_multiplies_fp8(shape[0])
     with a_gpu(monkeypatch, capturing=True):
         assert ops.gpu_decodes(*shape) == ("kernel",)
-        assert ops.gpu_multiplies_fp8()
+        assert ops.gpu_multiplies_fp8(shape[0])
+    with a_gpu(monkeypatch), FakeTensorMode():
+        assert ops.gpu_decodes(*shape) == ("kernel",)
+        assert ops.gpu_multiplies_fp8(shape[0])
+    tried = []
+    for name in ("tried_decodes", "tried_fp8_product"):
+        monkeypatch.setattr(ops, name, lambda *asked: tried.append(asked) or asked)
+    with a_gpu(monkeypatch):
+        assert ops.gpu_decodes(*shape) == shape
+        assert ops.gpu_multiplies_fp8(shape[0]) == shape[:1]
+    with a_gpu(monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", None)  # ROCm
+        assert ops.gpu_decodes(*shape) == ()
+        assert not ops.gpu_multiplies_fp8(shape[0])
 
 
 def test_kernels_that_are_installed_are_present(monkeypatch, tmp_path):

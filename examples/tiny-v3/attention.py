@@ -338,6 +338,8 @@ def plain_weight(linear: nn.Module) -> nn.Parameter | None:
 
 def _is_only_placed(linear: nn.Module) -> bool:
     """Whether all that wraps it is accelerate's hook of a `device_map`, which moves inputs to where the weight lies."""
-    hook, own = vars(linear).get("_hf_hook"), vars(linear).get("_old_forward")
+    held = vars(linear)
+    hook, wrapped, wrapper = held.get("_hf_hook"), held.get("_old_forward"), getattr(held["forward"], "func", None)
     placed = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
-    return placed and getattr(own, "__func__", None) is type(linear).forward
+    alone = getattr(wrapped, "__func__", None) is type(linear).forward
+    return placed and alone and getattr(wrapper, "__module__", None) == "accelerate.hooks"

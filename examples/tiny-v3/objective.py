@@ -142,5 +142,5 @@ class TrainingObjectiveMixin:
                     "The balance losses carry no gradient here. Gradient checkpointing hides it unless "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            loss = loss + aux_loss * share_of_step(labels, **kwargs)
+            loss = loss + (aux_loss * share_of_step(labels, **kwargs)).to(loss.device)
         return loss, aux_loss

@@ -20,7 +20,7 @@ from .plain_attention import (
     per_head,
 )
 from .quantized import QuantizedStates, is_quantized, rotate
-from .trials import is_right, seconds
+from .trials import can_be_tried, is_right, seconds
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 from .triton_mla import AVAILABLE as DECODE_KERNEL
@@ -132,9 +132,7 @@ def gpu_decodes(device: torch.device, dtype: torch.dtype, heads: int, rank: int,
     """Names of the kernels that decode on this GPU, by a trial of each that is there; the fastest first."""
     if not DECODE_KERNEL or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return ()
-    if torch.cuda.is_current_stream_capturing():
-        return ("kernel",)  # nothing can be tried inside of a CUDA graph
-    return tried_decodes(device, dtype, heads, rank, rope)
+    return tried_decodes(device, dtype, heads, rank, rope) if can_be_tried(device) else ("kernel",)
 
 
 @functools.cache
@@ -316,9 +314,8 @@ def gpu_multiplies_fp8(device: torch.device | None = None) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < (8, 9):
         return False
-    if torch.cuda.is_current_stream_capturing():
-        return True  # nothing can be tried inside of a CUDA graph
-    return tried_fp8_product(torch.device("cuda", torch.cuda.current_device()) if device is None else device)
+    device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
+    return tried_fp8_product(device) if can_be_tried(device) else True
 
 
 @functools.cache

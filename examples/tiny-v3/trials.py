@@ -12,6 +12,12 @@ TOLERANCE = 0.02  # relative, of norms: twice what 16 bits and FP8 products leav
 CALLS = 5
 
 
+def can_be_tried(device: torch.device) -> bool:
+    """Whether operations run now: not those that a CUDA graph records, nor on tensors without numbers, as an export has them."""
+    recorded = torch.cuda.is_current_stream_capturing()
+    return not recorded and type(torch.empty(0, device=device)) is torch.Tensor
+
+
 def is_right(name: str, call: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
     """Whether `call` gives `expected` up to `TOLERANCE`; a warning says so if it does not, or fails."""
     try:
