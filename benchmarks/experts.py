@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 128, 256, 512, 2048])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--forms", nargs="+", default=["auto"], choices=OURS)
-    parser.add_argument("--native", nargs="+", default=NATIVE, choices=NATIVE)
+    parser.add_argument("--native", nargs="+", default=NATIVE, choices=[*NATIVE, "batched_mm"])
     parser.add_argument("--backward", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)

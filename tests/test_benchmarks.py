@@ -1,10 +1,12 @@
-"""benchmarks/readme.py reads the tables that the other benchmarks print."""
+"""benchmarks/readme.py reads the tables that the other benchmarks print; those for a GPU run on a tiny model here."""
 
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PRINTED = """machine, 2 threads
@@ -57,3 +59,23 @@ def test_its_commands_are_ones_that_the_benchmarks_take(benchmark, monkeypatch):
         monkeypatch.setattr(module.torch, "set_num_threads", lambda number: None)
         module.main()
         assert len(asked) == 1
+
+
+@pytest.mark.parametrize("what", [["decode", "--forms", "eager"], ["prefill"], ["train"]], ids=lambda what: what[0])
+def test_a_tiny_model_stands_in_for_a_gpu(what, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location("gpu_model", BENCHMARKS / "gpu_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([*what, "--smoke"])
+    rows = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    assert [row[2].partition(",")[0].strip() for row in rows] == ["ours", "native sdpa", "native eager"]
+    assert all(len(row) == 7 and float(row[3].split()[0]) > 0 for row in rows)  # none failed
+    entries = module.models(SimpleNamespace(smoke=True, layers=2, device="cpu", what="prefill"))
+    ids = torch.randint(2, 1000, (2, 9))
+    logits = [model(ids).logits.float() for model in entries.values()]
+    for other in logits[1:]:
+        assert ((logits[0] - other).norm() / other.norm()).item() < 0.02
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="measures a CUDA GPU, and torch finds none"):
+            module.main(what)
