@@ -52,14 +52,15 @@ def auto_experts_forward(
     tokens, arguments = hidden_states.shape[0], (hidden_states, top_k_index, top_k_weights)
     if hidden_states.dtype == torch.float64 and not torch.compiler.is_compiling():
         return sorted_loop(experts, *arguments)  # PyTorch's grouped product has no fp64
-    device, weight = hidden_states.device.type, experts.gate_up_proj.dtype
-    if device not in ("cpu", "meta") and weight == torch.float32 and torch.is_autocast_enabled(device):
+    device, held = hidden_states.device.type, experts.gate_up_proj.dtype
+    eager_gpu = device not in ("cpu", "meta") and not torch.compiler.is_compiling()
+    if eager_gpu and held == torch.float32 and torch.is_autocast_enabled(device):
         return sorted_loop(
             experts, *arguments
-        )  # autocast does not know PyTorch's grouped product, which would run in fp32
+        )  # autocast does not reach PyTorch's grouped product: it would run in fp32
     if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for any number of tokens
         return grouped_mm_experts_forward(experts, *arguments)
-    if hidden_states.device.type != "cpu":  # copies are read and written: not measured on a GPU
+    if device != "cpu":  # copies are read and written: not measured on a GPU
         few = 3 * top_k_index.numel() <= experts.num_experts
         return (batched_mm_experts_forward if few else grouped_mm_experts_forward)(experts, *arguments)
     weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim

@@ -121,7 +121,8 @@ def decode_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, 
     if MLA_DECODE == "auto":
         if not one_kind or queries.element_size() != 2 or queries.shape[2] > MLA_DECODE_MAX_QUERIES:
             return None
-        names = gpu_decodes(device, queries.dtype, queries.shape[1], tensors[4].shape[2], tensors[1].shape[3])
+        heads, _, rank = tensors[4].shape  # of a weight: torch.compile knows these numbers
+        names = gpu_decodes(device, queries.dtype, heads, rank, tensors[1].shape[3])
     if quantized or mask is not None or queries.shape[2] > 1:
         names = [name for name in names if name == "kernel"]
     return names[0] if names else None
