@@ -309,6 +309,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         """Matrix `[H * (n + v), c]` and bias that `kv_b_proj` applies: its weight, or what it answers to unit vectors and 0."""
         kv_b_proj, dtype = self.kv_b_proj, like.dtype
         weight = plain_weight(kv_b_proj)
+        if weight is not None and weight.device != like.device:
+            weight = None
         if weight is not None and type(kv_b_proj) is FP8Linear:
             return kv_b_proj.dequantized_weight(dtype), None
         if weight is not None:
@@ -340,6 +342,8 @@ def _is_only_placed(linear: nn.Module) -> bool:
     """Whether all that wraps it is accelerate's hook of a `device_map`, which moves inputs to where the weight lies."""
     held = vars(linear)
     hook, wrapped, wrapper = held.get("_hf_hook"), held.get("_old_forward"), getattr(held["forward"], "func", None)
-    placed = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
-    alone = getattr(wrapped, "__func__", None) is type(linear).forward
-    return placed and alone and getattr(wrapper, "__module__", None) == "accelerate.hooks"
+    if type(hook).__name__ != "AlignDevicesHook" or getattr(wrapper, "__module__", None) != "accelerate.hooks":
+        return False
+    more = hook.offload or hook.no_grad or hook.io_same_device or {"pre_forward", "post_forward"} & vars(hook).keys()
+    own = getattr(wrapped, "__self__", None) is linear and wrapped.__func__ is type(linear).forward
+    return own and not more

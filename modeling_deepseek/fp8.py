@@ -73,7 +73,7 @@ def dequantize_at_once(
 ) -> torch.Tensor:
     """`out = weight.float() * scale` per block, rounded once, in as few bytes as PyTorch's operations move; `scale` in fp32."""
     (rows, columns), (outer, inner) = block_size, weight.shape
-    whole = outer // rows if inner % columns == 0 and out.is_contiguous() else 0
+    whole = outer // rows if inner % columns == 0 and out.is_contiguous() and not scale.requires_grad else 0
     if whole:
         exact = weight[: whole * rows].to(
             out.dtype if out.dtype.itemsize == 2 else torch.float32

@@ -162,7 +162,7 @@ class ExpertLoadCallback(TrainerCallback):
         }
         if any(map(drops, self.load.routers.values())):
             visits, dropped = (sum(each.sum().item() for each in of.values()) for of in (self.total, self.dropped))
-            found["dropped_share"] = dropped / visits
+            found["dropped_share"] = dropped / visits if visits else float("nan")
         found |= self.more_to_log()
         logs.update(found)
         if state.log_history:

@@ -20,7 +20,7 @@ from .plain_attention import (
     per_head,
 )
 from .quantized import QuantizedStates, is_quantized, rotate
-from .trials import can_be_tried, is_right, seconds
+from .trials import is_right, seconds, tried
 from .triton_kernels import AVAILABLE, GROUP
 from .triton_kernels import block_scaled_product as triton_block_scaled_product
 from .triton_mla import AVAILABLE as DECODE_KERNEL
@@ -33,6 +33,7 @@ MLA_DECODE = (
     "auto"  # or "kernel", "fa3", "flashinfer", "flashmla", "torch": how new tokens meet a cache; set it to choose
 )
 MLA_DECODE_TRIED = 2, 4000  # rows and tokens of the cache that kernels are tried with
+MLA_DECODE_MARGIN = 0.9  # of the time of our kernel: another one that takes less is taken in its place
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
 
 
@@ -92,10 +93,10 @@ def attend_quantized_latents(
 def decode_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, quantized: bool = False) -> str | None:
     """Which kernel these queries, latents and weights attend in, by [`MLA_DECODE`]; `None` for the plain form.
 
-    "auto" takes up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability 8.0 on to the fastest
-    kernel that [`gpu_decodes`] has found right there. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper), "flashinfer"
-    and "flashmla" (for Hopper) are for one new token without a mask; the rest goes to the Triton kernel, "kernel". Whatever was
-    chosen, what needs gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
+    "auto" takes up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability 8.0 on to the kernel
+    that [`gpu_decodes`] has found right and fast there. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper),
+    "flashinfer" and "flashmla" (for Hopper) are for one new token without a mask; the rest goes to the Triton kernel, "kernel".
+    Whatever was chosen, what needs gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
 
     Raises:
         ValueError: for another `MLA_DECODE`, and for a kernel's name where there is none.
@@ -122,43 +123,68 @@ def decode_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, 
         if not one_kind or queries.element_size() != 2 or queries.shape[2] > MLA_DECODE_MAX_QUERIES:
             return None
         heads, _, rank = tensors[4].shape  # of a weight: torch.compile knows these numbers
-        names = gpu_decodes(device, queries.dtype, heads, rank, tensors[1].shape[3])
-    if quantized or mask is not None or queries.shape[2] > 1:
-        names = [name for name in names if name == "kernel"]
+        kind = (bool(queries.shape[2] > 1), mask is not None, quantized)
+        names = gpu_decodes(device, queries.dtype, heads, rank, tensors[1].shape[3], *kind)
+    elif quantized or mask is not None or queries.shape[2] > 1:
+        names = ("kernel",)
     return names[0] if names else None
 
 
 @torch.compiler.assume_constant_result
-def gpu_decodes(device: torch.device, dtype: torch.dtype, heads: int, rank: int, rope: int) -> tuple[str, ...]:
-    """Names of the kernels that decode on this GPU, by a trial of each that is there; the fastest first."""
+def gpu_decodes(device: torch.device, *about) -> tuple[str, ...]:
+    """Names of the kernels that decode on this GPU, the one to take first: [`try_decodes`], once for each kind of decoding."""
     if not DECODE_KERNEL or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return ()
-    return tried_decodes(device, dtype, heads, rank, rope) if can_be_tried(device) else ("kernel",)
+    return tried(try_decodes, device, *about, unknown=("kernel",), failed=())
 
 
-@functools.cache
-@torch.no_grad()
-def tried_decodes(device: torch.device, dtype: torch.dtype, heads: int, rank: int, rope: int) -> tuple[str, ...]:
-    """Names of the kernels that give on `device` what the plain form gives in fp32; the fastest first."""
+def try_decodes(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    rank: int,
+    rope: int,
+    several: bool = False,
+    masked: bool = False,
+    quantized: bool = False,
+) -> tuple[str, ...]:
+    """Names of the kernels that give on `device` what the plain form gives in fp32; the one to take first.
+
+    That is ours, unless another one takes less than `MLA_DECODE_MARGIN` of its time (and never under deterministic algorithms,
+    where a choice by time has no place). `several` new tokens, a mask, and latents in 8 bits are for ours alone.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    rows, tokens = MLA_DECODE_TRIED
+    (rows, tokens), queries = MLA_DECODE_TRIED, 3 if several else 1
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    q_latent, q_rope = normal(rows, heads, 1, rank), normal(rows, heads, 1, rope)
+    q_latent, q_rope = normal(rows, heads, queries, rank), normal(rows, heads, queries, rope)
     latent, k_rope = normal(rows, tokens, rank + rope).split((rank, rope), dim=-1)
-    arguments, scaling = (q_latent, q_rope, latent, k_rope), (rank + rope) ** -0.5
-    wide = [tensor.float() for tensor in arguments]
-    scores = wide[0].squeeze(2) @ wide[2].mT + wide[1].squeeze(2) @ wide[3].mT
-    expected = ((scores * scaling).softmax(-1) @ wide[2]).unsqueeze(2)
-    forms = {"kernel": mla_decode} | {name: DECODES[name] for name in present(device, rank, rope)}
-    times = {}
-    for name, form in forms.items():
-        call = functools.partial(form, *arguments, scaling)
-        if is_right(f"The kernel {name!r} for MLA_DECODE", call, expected):
-            times[name] = seconds(call, device)
-    return tuple(sorted(times, key=times.get))
+    mask, scales, wide = None, None, latent.float()
+    if masked:
+        mask = torch.ones(rows, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+        mask[0, ..., : tokens // 3] = False
+    if quantized:
+        latent = (latent * 30).round().clamp(-127, 127).to(torch.int8)
+        scales = torch.linspace(0.5, 1.5, tokens, device=device).repeat(rows, 1) / 30
+        wide = latent.float() * scales[..., None]
+    scaling = (rank + rope) ** -0.5
+    scores = torch.einsum("bhsc,btc->bhst", q_latent.float(), wide)
+    scores = (scores + torch.einsum("bhsr,btr->bhst", q_rope.float(), k_rope.float())) * scaling
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    expected = torch.einsum("bhst,btc->bhsc", scores.softmax(-1), wide)
+
+    arguments = (q_latent, q_rope, latent, k_rope, scaling)
+    forms = {"kernel": functools.partial(mla_decode, *arguments, mask, scales=scales)}
+    if not (several or masked or quantized):
+        forms |= {name: functools.partial(DECODES[name], *arguments) for name in present(device, rank, rope)}
+    right = [name for name, call in forms.items() if is_right(f"The kernel {name!r} for MLA_DECODE", call, expected)]
+    if len(right) < 2 or torch.are_deterministic_algorithms_enabled():
+        return tuple(right)
+    times = {name: seconds(forms[name], device) for name in right}
+    first = min(right, key=lambda name: times[name] * (MLA_DECODE_MARGIN if name == "kernel" else 1))
+    return first, *(name for name in right if name != first)
 
 
 @torch.compiler.assume_constant_result
@@ -172,9 +198,15 @@ def gpu_wants_padded_values(
     """
     query = torch.empty(1, 1, 256, keys, dtype=dtype, device=device, requires_grad=trains)
     narrow = torch.empty(1, 1, 256, values, dtype=dtype, device=device, requires_grad=trains)
-    flash, cudnn = (int(getattr(SDPBackend, name)) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"))
-    as_it_is, padded = (torch._fused_sdp_choice(query, query, value, None, dropout, True) for value in (narrow, query))
-    return as_it_is not in (flash, cudnn) and padded in (flash, cudnn)
+    fast = [int(getattr(SDPBackend, name)) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION")]
+
+    def takes_fast(value: torch.Tensor) -> bool:
+        try:
+            return torch._fused_sdp_choice(query, query, value, None, dropout, True) in fast
+        except RuntimeError:  # none of the kernels that the user allows takes these
+            return False
+
+    return not takes_fast(narrow) and takes_fast(query)
 
 
 def block_scaled_product_reference(
@@ -316,12 +348,10 @@ def gpu_multiplies_fp8(device: torch.device | None = None) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 9):
         return False
     device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
-    return tried_fp8_product(device) if can_be_tried(device) else True
+    return tried(try_fp8_product, device, unknown=True, failed=False)
 
 
-@functools.cache
-@torch.no_grad()
-def tried_fp8_product(device: torch.device) -> bool:
+def try_fp8_product(device: torch.device) -> bool:
     """Whether the Triton product gives on `device` what its reference gives, for one token and for many."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(320, 384, device=device, generator=generator).to(torch.float8_e4m3fn)

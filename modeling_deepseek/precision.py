@@ -125,7 +125,7 @@ def quantize_model(model: nn.Module, scale_fmt: str | None, block_size: tuple[in
 
 def _pieces(parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows of it that are checked at a time: in little memory, and with few questions to the device."""
-    return parameter.split(max(1, GPU_PIECE // max(1, parameter[0].numel())))
+    return parameter.split(max(1, GPU_PIECE * len(parameter) // max(1, parameter.numel())))
 
 
 def _quantized_experts(module: DeepseekExperts, scale_fmt, block_size, hidden_act: str) -> FP8Experts:

@@ -442,6 +442,25 @@ def test_rows_are_selected_as_tensors_select_them(rows):
 
 
 @torch.no_grad()
+def test_rows_that_could_not_be_moved_stay_as_they_were(monkeypatch):
+    ours, theirs = filled(5, batch=3)
+    copies = []
+
+    def interrupted(target, source):
+        copies.append(1)
+        if len(copies) == 2:  # the rope keys of the first layer
+            raise KeyboardInterrupt
+        return copy_(target, source)
+
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.reorder_cache(torch.tensor([1, 0, 2]))
+    monkeypatch.undo()
+    assert_same(ours, theirs)
+
+
+@torch.no_grad()
 def test_what_autocast_left_in_two_dtypes_is_kept_and_saved(tmp_path, side_by_side):
     model, ids = tiny_model("v3"), tiny_tokens(tiny_config("v3"), length=9)
     cache = LatentCache(model.config)

@@ -1,5 +1,6 @@
 """Models spread over devices, and what a GPU takes another way than a CPU: as far as a CPU can show it."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,17 @@ def test_a_weight_that_is_more_than_placed_is_not():
     assert plain_weight(offloaded) is None
     assert plain_weight(doubled) is None
     assert plain_weight(patched) is None
+    for hook in (AlignDevicesHook("cpu", io_same_device=True), AlignDevicesHook("cpu")):
+        linear = torch.nn.Linear(3, 2, bias=False)
+        add_hook_to_module(linear, hook)
+        hook.no_grad = not hook.io_same_device
+        assert plain_weight(linear) is None
+    linear = torch.nn.Linear(3, 2, bias=False)
+    add_hook_to_module(linear, AlignDevicesHook("cpu"))
+    assert plain_weight(linear) is linear.weight
+    assert plain_weight(copy.copy(linear)) is None  # its forward is that of the other one
+    linear._hf_hook.post_forward = lambda module, output: 2 * output
+    assert plain_weight(linear) is None
 
 
 @TWO_GPUS

@@ -126,13 +126,15 @@ class LatentLayer(DynamicLayer):
         """What `chosen` makes of the tokens held goes to new buffers for `capacity` tokens or some more."""
         capacity += -capacity % PAGE
         both = self._buffers[0].new_empty(rows, 1, capacity, sum(self.widths)) if self._side_by_side() else None
+        found = []
         for which, buffer in enumerate(self._buffers):
             if both is None:
                 new = buffer.new_empty(rows, 1, capacity, buffer.shape[-1])
             else:
                 new = both.narrow(-1, which * self.widths[0], self.widths[which])
             new.narrow(-2, 0, self._lengths[which]).copy_(chosen(self._view(which)))
-            self._buffers[which] = new
+            found.append(new)
+        self._buffers = found  # all or nothing: they belong to the same rows
 
     def _side_by_side(self) -> bool:
         """Whether the latent and the rope key of a token share a row of memory, as FlashMLA reads them and others may: on GPUs.

@@ -3,11 +3,9 @@
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 
 FLASH_ATTENTION_3 = (
     "kernels-community/flash-attn3"  # takes the rope part as the head, and 512 more query columns beside it
@@ -191,12 +189,17 @@ DECODES = {"fa3": fa3_decode, "flashinfer": flashinfer_decode, "flashmla": flash
 
 
 def present(device: torch.device, rank: int, rope: int) -> list[str]:
-    """Those of [`DECODES`] that this GPU can run at once: they are for its kind and these widths, and here.
+    """Those of [`DECODES`] that are installed, for this GPU and these widths, and ready.
 
-    FlashInfer compiles at its first use, for a minute or more: it waits to be named.
+    Flash Attention 3 is loaded from the Hub and FlashInfer compiles, for a minute or more, when they are first used: these wait to
+    be named.
     """
-    if (rank, rope) != (512, 64) or torch.cuda.get_device_capability(device) != (9, 0):
-        return []
-    loaded = Path(constants.HF_HUB_CACHE).glob(f"*--{FLASH_ATTENTION_3.replace('/', '--')}")
-    here = {"flashmla": find_spec("flash_mla"), "fa3": find_spec("kernels") and any(loaded)}
-    return [name for name, found in here.items() if found]
+    fits = (rank, rope) == (512, 64) and torch.cuda.get_device_capability(device) == (9, 0)
+    return ["flashmla"] if fits and _is_installed("flash_mla") else []
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # something that stands in for it, without a spec
+        return False

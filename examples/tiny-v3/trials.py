@@ -1,7 +1,9 @@
 """Kernels meet GPUs that they were never run on: each is tried once, against the plain form, before its results count."""
 
+import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from transformers.utils import logging
@@ -11,20 +13,43 @@ logger = logging.get_logger(__name__)
 TOLERANCE = 0.02  # relative, of norms: twice what 16 bits and FP8 products leave
 CALLS = 5
 
+Answer = TypeVar("Answer")
+_answers: dict = {}
+_one_at_a_time = threading.RLock()  # or trials would spoil each other's times
 
-def can_be_tried(device: torch.device) -> bool:
-    """Whether operations run now: not those that a CUDA graph records, nor on tensors without numbers, as an export has them."""
-    recorded = torch.cuda.is_current_stream_capturing()
-    return not recorded and type(torch.empty(0, device=device)) is torch.Tensor
+
+def tried(trial: Callable[..., Answer], device: torch.device, *about, unknown: Answer, failed: Answer) -> Answer:
+    """What `trial(device, *about)` finds, once per process: about a GPU nothing is asked twice.
+
+    `unknown` stands for it where operations do not run now: while a CUDA graph records them, and on tensors without numbers, as an
+    export has them. `failed` does where memory ran out, which may be otherwise at the next call.
+    """
+    question = (trial, device, *about)
+    with _one_at_a_time, torch.no_grad():
+        if question in _answers:
+            return _answers[question]
+        if torch.cuda.is_current_stream_capturing() or type(torch.empty(0, device=device)) is not torch.Tensor:
+            return unknown
+        try:
+            answer = _answers[question] = trial(device, *about)
+        except torch.OutOfMemoryError:
+            return failed
+    return answer
 
 
 def is_right(name: str, call: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
-    """Whether `call` gives `expected` up to `TOLERANCE`; a warning says so if it does not, or fails."""
+    """Whether `call` gives `expected` up to `TOLERANCE`; a warning says so if it does not, or fails.
+
+    Raises:
+        torch.OutOfMemoryError: as `call` does.
+    """
     try:
         output = call()
         if output.shape != expected.shape:
             raise ValueError(f"{tuple(output.shape)} came out, expected {tuple(expected.shape)}")
         error = ((output.to(expected.dtype) - expected).norm() / expected.norm()).item()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as problem:  # whatever a compiler, a driver or a package of others raises
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         logger.warning_once(f"{name} fails on this GPU and is not used: {reason}")
