@@ -137,10 +137,9 @@ class MTPDrafter:
         for drafted, depth in enumerate(self.depths[:num_drafts]):
             if drafted:
                 embeds = nn.functional.pad(embeds, (0, 0, 0, 1))
-                rows = torch.arange(
-                    len(counts), device=embeds.device
-                )  # of a model on several GPUs each part has its own
-                embeds[rows, torch.tensor(kept, device=embeds.device)] = self.decoder.embed_tokens(tokens)
+                device = embeds.device  # of a model on several GPUs each part has its own
+                rows, places = torch.arange(len(kept), device=device), torch.tensor(kept, device=device)
+                embeds[rows, places] = self.decoder.embed_tokens(tokens)
                 states = torch.cat((before, states), dim=1)
             kept = [count + drafted for count in counts]
             states = depth.forward(states, embeds, kept)

@@ -75,10 +75,9 @@ def dequantize_at_once(
     (rows, columns), (outer, inner) = block_size, weight.shape
     whole = outer // rows if inner % columns == 0 and out.is_contiguous() and not scale.requires_grad else 0
     if whole:
-        exact = weight[: whole * rows].to(
-            out.dtype if out.dtype.itemsize == 2 else torch.float32
-        )  # FP8 fits in 16 bits
-        blocks, target = ((each.view(whole, rows, -1, columns)) for each in (exact, out[: whole * rows]))
+        held = out.dtype if out.dtype.itemsize == 2 else torch.float32  # FP8 fits in 16 bits
+        exact = weight[: whole * rows].to(held)
+        blocks, target = (each.view(whole, rows, -1, columns) for each in (exact, out[: whole * rows]))
         torch.mul(blocks, scale[:whole, None, :, None], out=target)
     if whole * rows < outer:
         spread = scale[whole:].repeat_interleave(rows, 0)[: outer - whole * rows].repeat_interleave(columns, 1)

@@ -29,9 +29,8 @@ from .triton_mla import mla_decode
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
-MLA_DECODE = (
-    "auto"  # or "kernel", "fa3", "flashinfer", "flashmla", "torch": how new tokens meet a cache; set it to choose
-)
+# How new tokens meet a cache, for you to set: "auto", "kernel", "fa3", "flashinfer", "flashmla" or "torch".
+MLA_DECODE = "auto"
 MLA_DECODE_TRIED = 2, 4000  # rows and tokens of the cache that kernels are tried with
 MLA_DECODE_MARGIN = 0.9  # of the time of our kernel: another one that takes less is taken in its place
 MLA_DECODE_MAX_QUERIES = 16  # by reasoning, not measured: more are bound by the products, which cuBLAS does as well
