@@ -353,10 +353,9 @@ class LatentCache(DynamicCache):
         tensors = {} if input_ids is None else {"input_ids": input_ids}
         for index, layer in enumerate(self.layers):
             for part, states in zip(layer.parts, layer.stored, strict=True):
+                # under autocast rope keys have fewer bits, and a file has one dtype
                 if states.is_floating_point() and torch.promote_types(states.dtype, layer.dtype) == layer.dtype:
-                    states = states.to(
-                        layer.dtype
-                    )  # under autocast rope keys have fewer bits, and a file has one dtype
+                    states = states.to(layer.dtype)
                 tensors[f"layers.{index}.{part}"] = states
         rank, rope = first.widths
         fields = dict(model_type=self.model_type, layers=len(self.layers), kv_lora_rank=rank, qk_rope_head_dim=rope)

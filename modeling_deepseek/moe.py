@@ -55,9 +55,8 @@ def auto_experts_forward(
     device, held = hidden_states.device.type, experts.gate_up_proj.dtype
     eager_gpu = device not in ("cpu", "meta") and not torch.compiler.is_compiling()
     if eager_gpu and held == torch.float32 and torch.is_autocast_enabled(device):
-        return sorted_loop(
-            experts, *arguments
-        )  # autocast does not reach PyTorch's grouped product: it would run in fp32
+        # autocast does not reach PyTorch's grouped product, which would run in fp32
+        return sorted_loop(experts, *arguments)
     if torch.is_grad_enabled() or torch.compiler.is_exporting():  # an export is for any number of tokens
         return grouped_mm_experts_forward(experts, *arguments)
     if device != "cpu":  # copies are read and written: not measured on a GPU

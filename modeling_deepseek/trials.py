@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TOLERANCE = 0.02  # relative, of norms: twice what 16 bits and FP8 products leave
+TOLERANCE = 0.02  # relative, of norms: three times what bf16 leaves at 512 + 64 in Triton's interpreter
 CALLS = 5
 
 Answer = TypeVar("Answer")
