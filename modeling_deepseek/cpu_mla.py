@@ -30,7 +30,7 @@ SOURCE = r"""
 #include <immintrin.h>
 enum { LANES = 16, COLUMNS = 4, TOKENS = 8, TILE = 4 };
 #else
-enum { LANES = 8, COLUMNS = 2, TOKENS = 4, TILE = 2 };
+enum { LANES = 8, COLUMNS = 2, TOKENS = 6, TILE = 2 };
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define PAIRS 1 /* of bf16 numbers are multiplied, and summed in fp32, by one instruction */
@@ -597,6 +597,11 @@ def _library(*flags: str) -> ctypes.CDLL | None:
 def decode_available() -> bool:
     """Whether there is the kernel: on x86 with AVX2 and OpenMP. The first to ask waits about a second for the compiler."""
     return _library() is not None
+
+
+def vector_lanes() -> int:
+    """How many fp32 numbers are multiplied at once: 8 (AVX2) or 16 (AVX512)."""
+    return _library().lanes
 
 
 def decodes(

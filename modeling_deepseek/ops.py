@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded
-from .cpu_mla import decode_available, decodes
+from .cpu_mla import decode_available, decodes, vector_lanes
 from .cpu_mla import mla_decode as cpu_mla_decode
-from .dtypes import cast, has_numbers, is_transformed
+from .dtypes import cast, has_fast_gemm, has_numbers, is_transformed
 from .hub_kernels import DECODES, present
 from .plain_attention import (
     GPU_SCORES,
@@ -158,6 +158,25 @@ def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torc
             "MLA_DECODE = 'c' wants an x86 CPU with AVX2 and a C compiler with OpenMP: leave it at 'auto'."
         )
     return decodes(*tensors, mask) and decode_available()
+
+
+@torch.compiler.assume_constant_result
+def cpu_absorbed_rate(dtype: torch.dtype, weights: int, expanded: int, keeps_weights: bool) -> float:
+    """Multiply-adds per second in latent space by those of the expanded form on this CPU: from 1 on, measured.
+
+    Args:
+        weights: numbers in `w_uk`.
+        expanded: numbers in the keys and values that the latents stand for: once they leave the caches, expanding is slow.
+        keeps_weights: of attention, which is for the plain form.
+    """
+    in_c = MLA_DECODE in ("auto", "c") and (MLA_DECODE == "c" or weights >= C_MIN_WEIGHTS) and not keeps_weights
+    if not in_c or dtype not in (torch.float32, torch.bfloat16) or not decode_available():
+        return 1.2
+    wide = vector_lanes() == 16
+    if wide and not (dtype == torch.bfloat16 and has_fast_gemm("cpu", dtype)):
+        return 1.9
+    fits = expanded * dtype.itemsize <= 2**25
+    return (1.25 if fits else 2.0) if wide else (1.0 if fits else 1.5)
 
 
 @torch.compiler.assume_constant_result

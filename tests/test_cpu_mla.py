@@ -383,3 +383,33 @@ def test_weights_that_are_kept_in_fp8(model, monkeypatch):
         expected, _ = layer.attend_absorbed(*arguments)
     assert len(met) == 1
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lanes,dtype,fast,new,keys,absorbed",
+    [
+        (16, torch.float32, False, 256, 1024, True),
+        (16, torch.float32, False, 400, 1024, False),
+        (16, torch.bfloat16, True, 192, 1024, True),
+        (16, torch.bfloat16, True, 256, 1024, False),
+        (16, torch.bfloat16, True, 256, 4096, True),
+        (16, torch.bfloat16, False, 256, 1024, True),
+        (8, torch.float32, False, 128, 1024, True),
+        (8, torch.float32, False, 192, 1024, False),
+        (8, torch.float32, False, 256, 8192, True),
+        (None, torch.float32, False, 144, 1024, True),
+        (None, torch.float32, False, 256, 8192, False),
+    ],
+)
+def test_how_many_new_tokens_stay_in_latent_space(model, monkeypatch, lanes, dtype, fast, new, keys, absorbed):
+    """As measured: what comes out faster with vectors of so many numbers, bf16 instructions or none, and without the kernel."""
+    monkeypatch.setattr(ops, "decode_available", lambda: lanes is not None)
+    monkeypatch.setattr(ops, "vector_lanes", lambda: lanes)
+    monkeypatch.setattr(ops, "has_fast_gemm", lambda *_: fast)
+    layer = DeepseekLatentAttention(model.config, 0).to(dtype).eval()
+    assert layer.use_absorbed(new, keys, True) is absorbed
+    layer.config._attn_implementation = "eager"
+    try:
+        assert layer.use_absorbed(new, keys, True) is (new * (keys * 1088 + 2**17) < 1.2 * keys * (new * 320 + 2**17))
+    finally:
+        layer.config._attn_implementation = "sdpa"
