@@ -251,7 +251,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
         if on_cpu and absorbed >= expanded:
             heads = self.config.num_attention_heads
-            sizes = (heads * self.qk_nope_head_dim * rank, heads * keys * (self.qk_head_dim + self.v_head_dim))
+            sizes = (heads * self.qk_nope_head_dim * rank, keys, heads * (self.qk_head_dim + self.v_head_dim))
             expanded *= cpu_absorbed_rate(norm.dtype, *sizes, self.config._attn_implementation in (None, "eager"))
         return absorbed + rank * up < expanded or (absorbed < expanded and plain_weight(kv_b_proj) is not None)
 

@@ -16,7 +16,7 @@ from .compiler import compiled
 from .quantized import QuantizedStates, is_quantized
 from .scratch import scratch_pointer
 
-HELD = 2**23  # numbers between two calls; more than that are given back
+HELD = 2**23  # fp32 numbers that are kept between calls: fresh memory takes longer than what is done with it
 SPLIT = 256  # tokens at least that a thread meets at a time
 MOST_WIDTH = 1024  # of latent and rope key together
 
@@ -99,6 +99,7 @@ typedef struct {
   int64_t latent[2], k_rope[2]; /* of batch and token */
   int64_t w_uk[2], w_uv[2];     /* of head and row */
   int64_t mask[2];              /* of batch and new token */
+  int64_t out;                  /* of batch */
   int64_t bits, rope_bits;      /* 8 or 6: quantised. 0: not */
   int64_t splits, threads;
 } shapes;
@@ -520,7 +521,7 @@ INLINE void project(const shapes *s, const tensors *of, const float *contexts, c
       else project_tile(1, own, w, s->w_uv[1], s->rank, to, bf16);
       for (int r = 0; r < n; r++) {
         const int64_t b = (row + r) / s->length, m = (row + r) % s->length;
-        const int64_t here = ((b * s->heads + head) * s->length + m) * s->value + v;
+        const int64_t here = b * s->out + (head * s->length + m) * s->value + v;
         for (int j = 0; j < 4; j++) {
           if (bf16) ((uint16_t *)of->out)[here + j] = narrowed(to[r][j]);
           else ((float *)of->out)[here + j] = to[r][j];
@@ -579,7 +580,7 @@ class _Tensors(ctypes.Structure):
     _fields_ += [("scaling", ctypes.c_float)]
 
 
-_Shapes = ctypes.c_int64 * 28
+_Shapes = ctypes.c_int64 * 29
 
 
 @functools.cache
@@ -646,8 +647,6 @@ def mla_decode(
     """
     (batch, heads, length, nope), tokens, rank = q_nope.shape, latent.shape[-2], latent.shape[-1]
     rope, value, threads, library = k_rope.shape[-1], w_uv.shape[1], torch.get_num_threads(), _library()
-    padded = -(-heads * length // library.lanes) * library.lanes
-    splits = max(1, min(tokens // SPLIT, -(-4 * threads // (batch * -(-padded // 64)))))
     bits, scales, pointers = [0, 0], [None, None], [None, None]
     if is_quantized(latent):
         for i, x in enumerate((latent, k_rope)):
@@ -660,17 +659,37 @@ def mla_decode(
         mask = mask.expand(batch, 1, length, tokens)
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         seen, mask_strides = mask.data_ptr(), (mask.stride(0), mask.stride(2))
-    shapes = _Shapes(
-        batch, heads, length, tokens, nope, rope, rank, value, *q_nope.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2],
-        *k_rope.stride()[:2], *w_uk.stride()[:2], *w_uv.stride()[:2], *mask_strides, *bits, splits, threads,
-    )  # fmt: skip
-    size = batch * (heads * length * rank + padded * (rank + rope) + splits * padded * (rank + 2))
-    briefly = None if size <= HELD else torch.empty(size)
-    room = scratch_pointer(size, torch.float32) if briefly is None else briefly.data_ptr()
     out = torch.empty(batch, heads, length, value, dtype=q_nope.dtype)
-    of = _Tensors(
-        q_nope.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), k_rope.data_ptr(), w_uk.data_ptr(), w_uv.data_ptr(), *pointers,
-        seen, out.data_ptr(), scaling,
+    strides = (
+        *q_nope.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *k_rope.stride()[:2], *w_uk.stride()[:2],
+        *w_uv.stride()[:2], *mask_strides, out.stride(0),
     )  # fmt: skip
-    library.mla_decode(shapes, of, room, q_nope.dtype == torch.bfloat16)
-    return out
+    own = (q_nope, q_rope, w_uk, w_uv, out)
+    at_a_time = heads
+    while True:  # fewer heads at a time, where all are too many for the memory that is kept
+        padded = -(-at_a_time * length // library.lanes) * library.lanes
+        splits = max(1, min(tokens // SPLIT, -(-4 * threads // (batch * -(-padded // 64)))))
+        size = batch * (at_a_time * length * rank + padded * (rank + rope) + splits * padded * (rank + 2))
+        if size <= HELD or at_a_time == 1:
+            break
+        at_a_time = -(-at_a_time // 2)
+    room = scratch_pointer(size, torch.float32)
+    for start in range(0, heads, at_a_time):
+        if at_a_time < heads:
+            here = slice(start, start + at_a_time)
+            q_nope, q_rope, w_uk, w_uv, out = (
+                own[0][:, here],
+                own[1][:, here],
+                own[2][here],
+                own[3][here],
+                own[4][:, here],
+            )
+        shapes = _Shapes(
+            batch, q_nope.shape[1], length, tokens, nope, rope, rank, value, *strides, *bits, splits, threads
+        )
+        of = _Tensors(
+            q_nope.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), k_rope.data_ptr(), w_uk.data_ptr(), w_uv.data_ptr(),
+            *pointers, seen, out.data_ptr(), scaling,
+        )  # fmt: skip
+        library.mla_decode(shapes, of, room, own[0].dtype == torch.bfloat16)
+    return own[4]

@@ -161,22 +161,23 @@ def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torc
 
 
 @torch.compiler.assume_constant_result
-def cpu_absorbed_rate(dtype: torch.dtype, weights: int, expanded: int, keeps_weights: bool) -> float:
-    """Multiply-adds per second in latent space by those of the expanded form on this CPU: from 1 on, measured.
+def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, keeps_weights: bool) -> float:
+    """Multiply-adds per second in latent space by those of the expanded form on this CPU: at least 1, measured.
 
     Args:
         weights: numbers in `w_uk`.
-        expanded: numbers in the keys and values that the latents stand for: once they leave the caches, expanding is slow.
+        keys, width: tokens, and numbers in the keys and values of each: once all leave the caches, expanding is slow.
         keeps_weights: of attention, which is for the plain form.
     """
     in_c = MLA_DECODE in ("auto", "c") and (MLA_DECODE == "c" or weights >= C_MIN_WEIGHTS) and not keeps_weights
     if not in_c or dtype not in (torch.float32, torch.bfloat16) or not decode_available():
         return 1.2
-    wide = vector_lanes() == 16
-    if wide and not (dtype == torch.bfloat16 and has_fast_gemm("cpu", dtype)):
-        return 1.9
-    fits = expanded * dtype.itemsize <= 2**25
-    return (1.25 if fits else 2.0) if wide else (1.0 if fits else 1.5)
+    wide, beyond_caches = vector_lanes() == 16, keys * width * dtype.itemsize > 2**25
+    if beyond_caches:
+        return 2.0 if wide else 1.5
+    if dtype == torch.bfloat16 and has_fast_gemm("cpu", dtype):
+        return 1.25 if wide and keys >= 1024 else 1.0
+    return 1.7 if wide else 1.0
 
 
 @torch.compiler.assume_constant_result

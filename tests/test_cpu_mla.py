@@ -151,7 +151,7 @@ def test_memory_that_others_have_used_makes_no_difference(kernel, monkeypatch, d
     scratch.scratch((2**21,), torch.float32).fill_(float("nan"))
     monkeypatch.setattr(torch, "empty", lambda *size, **about: torch.full(size, float("nan"), **about))
     torch.testing.assert_close(attend_latents(*tensors, 0.25, mask, weights=False)[0], expected, rtol=0, atol=0)
-    monkeypatch.setattr(cpu_mla, "HELD", 0)  # memory for this call alone
+    monkeypatch.setattr(cpu_mla, "HELD", 2**14)  # some heads at a time
     torch.testing.assert_close(attend_latents(*tensors, 0.25, mask, weights=False)[0], expected, rtol=0, atol=0)
 
 
@@ -352,7 +352,7 @@ def test_generate_gives_the_same_tokens(model, monkeypatch, kind):
         result = generate()
     finally:
         model.set_attn_implementation("sdpa")
-    assert len(met) == (0 if kind == "eager" else 11 * 2)
+    assert len([shape for shape in met if shape[2] == 1]) == (0 if kind == "eager" else 11 * 2)
     assert torch.equal(result.sequences, expected.sequences)
     room = 0.05 if "bits" in kind else 1e-3  # a code may be the next one
     for ours, theirs in zip(result.logits, expected.logits, strict=True):
@@ -393,6 +393,7 @@ def test_weights_that_are_kept_in_fp8(model, monkeypatch):
         (16, torch.bfloat16, True, 192, 1024, True),
         (16, torch.bfloat16, True, 256, 1024, False),
         (16, torch.bfloat16, True, 256, 4096, True),
+        (16, torch.bfloat16, True, 150, 512, False),
         (16, torch.bfloat16, False, 256, 1024, True),
         (8, torch.float32, False, 128, 1024, True),
         (8, torch.float32, False, 192, 1024, False),
