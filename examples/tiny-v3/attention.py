@@ -12,17 +12,15 @@ from .dtypes import cast, has_fast_gemm
 from .fp8 import FP8Linear
 from .layers import DeepseekRMSNorm
 from .masking import dense_mask
-from .ops import attend_latents, attend_quantized_latents, gpu_wants_padded_values
+from .ops import attend_latents, attend_quantized_latents, cpu_absorbed_rate, gpu_wants_padded_values
 from .plain_attention import blocked_causal_attention
 from .quantized import as_tensor, is_quantized
 from .recompute import recomputed
 from .rope import attention_softmax_scale, rotate_halves, rotate_interleaved
 
 ABSORBED_MAX_QUERIES = 128  # on a GPU, not measured there
-ABSORBED_RATE = 1.2  # measured on a CPU: multiply-adds per second in latent space, by those of the expanded form
-PADDED_MIN_QUERIES = (
-    1024  # measured on CPU: from here on PyTorch's attention kernel is faster, padding of the values included
-)
+# measured on a CPU: from here on PyTorch's attention kernel is faster than what it has for other widths, padding included
+PADDED_MIN_QUERIES = 1024
 
 
 def eager_attention(
@@ -224,7 +222,6 @@ class DeepseekLatentAttention(DeepseekAttention):
             and not torch.is_grad_enabled()
             and not (self.training and self.attention_dropout)
             and not torch.compiler.is_compiling()
-            and (hidden_states.shape[1] < PADDED_MIN_QUERIES or not has_fast_gemm("cpu", hidden_states.dtype))
             and self.config._attn_implementation == "sdpa"
             and (mask is None or (mask.ndim == 4 and mask.dtype == torch.bool))
         )
@@ -244,15 +241,18 @@ class DeepseekLatentAttention(DeepseekAttention):
             return mode == "absorbed"
         if not has_cache or self.training:
             return False
-        on_cpu = self.kv_a_layernorm.weight.device.type == "cpu"
+        norm = self.kv_a_layernorm.weight
+        on_cpu = norm.device.type == "cpu"
         if queries > ABSORBED_MAX_QUERIES and not on_cpu:
             return False
         rank, rope = self.kv_lora_rank, self.qk_rope_head_dim
         up = rank * (self.qk_nope_head_dim + self.v_head_dim)
         absorbed = queries * (keys * (2 * rank + rope) + up)
         expanded = queries * keys * (self.qk_head_dim + self.v_head_dim) + keys * up
-        if on_cpu:
-            expanded *= ABSORBED_RATE
+        if on_cpu and absorbed >= expanded:
+            heads = self.config.num_attention_heads
+            sizes = (heads * self.qk_nope_head_dim * rank, keys, heads * (self.qk_head_dim + self.v_head_dim))
+            expanded *= cpu_absorbed_rate(norm.dtype, *sizes, self.config._attn_implementation in (None, "eager"))
         return absorbed + rank * up < expanded or (absorbed < expanded and plain_weight(kv_b_proj) is not None)
 
     def expand(

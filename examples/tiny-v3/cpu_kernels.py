@@ -1,4 +1,4 @@
-"""Products with block-FP8 weights on a CPU, in C that the machine's own compiler translates when first asked; for `ops` alone.
+"""Products with block-FP8 weights on a CPU, in C; for `ops` alone.
 
 PyTorch has no such product, and its operations pass over a weight some six times where one pass will do. Without a compiler the
 module still imports, and `kernels_available()` is False.
@@ -6,17 +6,10 @@ module still imports, and `kernels_available()` is False.
 
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .compiler import compiled
 
 TILE = 4  # tokens that a weight is decoded for at a time
 
@@ -205,31 +198,12 @@ void dequantize(const uint8_t *weight, const float *scales, void *out, int64_t b
 
 @functools.cache
 def _library(*flags: str) -> ctypes.CDLL | None:
-    """The translated functions; `None`, said once, where there is no compiler or what it made cannot be loaded."""
-    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, ("cc", "gcc", "clang")))[:1]
-    problem = "no C compiler was found"
-    for options in (["-march=native", "-fopenmp"], ["-fopenmp"], []) if compiler else ():  # the last: one thread
-        try:
-            with tempfile.TemporaryDirectory(prefix="modeling_deepseek_") as folder:
-                Path(folder, "kernels.c").write_text(SOURCE, encoding="utf-8")
-                files = ["kernels.c", "-o", "kernels.so"]
-                command = [*compiler, "-O3", "-fPIC", "-shared", *options, *flags, *files]
-                subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
-                return _declared(ctypes.CDLL(str(Path(folder, "kernels.so"))))
-        except (OSError, subprocess.SubprocessError) as error:
-            problem = str(getattr(error, "stderr", None) or error).strip()
-    logger.warning_once(
-        f"Weights that are kept in FP8 are multiplied by PyTorch's own operations, for single tokens some ten times as slow as by "
-        f"the C kernel, for which {problem}. Install a C compiler (or name it in CC)."
-    )
-    return None
-
-
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.products.argtypes = [pointer] * 6 + [number] * 7
-    library.dequantize.argtypes = [pointer] * 3 + [number] * 6
-    library.products.restype = library.dequantize.restype = None
+    library = compiled(SOURCE, *flags)
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.products.argtypes = [pointer] * 6 + [number] * 7
+        library.dequantize.argtypes = [pointer] * 3 + [number] * 6
+        library.products.restype = library.dequantize.restype = None
     return library
 
 

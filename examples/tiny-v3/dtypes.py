@@ -1,6 +1,10 @@
-"""Numbers in 16 bits: which of them this processor multiplies fast, and casts that cost nothing where none is needed."""
+"""Numbers in 16 bits: which of them this processor multiplies fast, and casts that cost nothing where none is needed.
+
+And which tensors have numbers at all.
+"""
 
 import torch
+from torch.autograd import forward_ad
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
@@ -21,3 +25,13 @@ def has_fast_gemm(device: str, dtype: torch.dtype) -> bool:
 def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x.to(dtype)`, without asking PyTorch where nothing is to be done."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def has_numbers(x: torch.Tensor) -> bool:
+    """Whether `x` is all there is: no subclass (a fake tensor, say), and, by [`is_transformed`], in no transform."""
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` transforms what runs now, or tensors may have tangents: a C function would know nothing of it."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

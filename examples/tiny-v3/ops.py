@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded
-from .dtypes import cast
+from .cpu_mla import decode_available, decodes, vector_lanes
+from .cpu_mla import mla_decode as cpu_mla_decode
+from .dtypes import cast, has_fast_gemm, has_numbers, is_transformed
 from .hub_kernels import DECODES, present
 from .plain_attention import (
     GPU_SCORES,
@@ -27,9 +29,11 @@ from .triton_mla import AVAILABLE as DECODE_KERNEL
 from .triton_mla import mla_decode
 
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
-C_MIN_WEIGHTS = 2**20  # of a weight that is worth the second which a compiler takes, once per process
+C_MIN_WEIGHTS = (
+    2**20
+)  # of a weight that is worth the second which a compiler takes, once per process (w_uk of 16 heads)
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
-# How new tokens meet a cache, for you to set: "auto", "kernel", "fa3", "flashinfer", "flashmla" or "torch".
+# How new tokens meet a cache, for you to set: "auto", "c" (on CPUs), "kernel", "fa3", "flashinfer", "flashmla" or "torch".
 MLA_DECODE = "auto"
 MLA_DECODE_TRIED = 2, 4000  # rows and tokens of the cache that kernels are tried with
 MLA_DECODE_MARGIN = 0.9  # of the time of our kernel: another one that takes less is taken in its place
@@ -55,6 +59,8 @@ def attend_latents(
     """
     tensors = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
     kernel = None if weights or dropout else decode_kernel(tensors, mask)
+    if kernel == "c":
+        return cpu_mla_decode(*tensors, scaling, mask), None
     if kernel is None:
         most = SCORES if latent.device.type == "cpu" else GPU_SCORES
         many = math.prod(q_nope.shape[:3]) * latent.shape[1] > most
@@ -79,31 +85,37 @@ def attend_quantized_latents(
     scaling: float,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[`absorbed_attention_quantized`]; latents in 8 bits in the Triton kernel where [`decode_kernel`] names it."""
+    """[`absorbed_attention_quantized`], in C, or, latents in 8 bits, in the Triton kernel, where [`decode_kernel`] names them."""
+    states = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
+    if latent.device.type == "cpu" and MLA_DECODE in ("auto", "c") and decodes_in_c(states, mask):
+        return cpu_mla_decode(*states, scaling, mask)
     eight_bits = latent.bits == 8 and not is_quantized(k_rope)
     if eight_bits and decode_kernel((q_nope, q_rope, k_rope, k_rope, w_uk, w_uv), mask, quantized=True):
         query, codes, scales = rotate(per_head(q_nope, w_uk)), latent.codes, latent.multipliers(torch.float32)
         tensors = (cast(query, q_nope.dtype), q_rope, codes.squeeze(1), k_rope.squeeze(1))
         context = rotate(mla_decode(*tensors, scaling, mask, scales=scales.squeeze(1)))
         return per_head(cast(context, q_nope.dtype), w_uv.transpose(1, 2))
-    return absorbed_attention_quantized(q_nope, q_rope, latent, k_rope, w_uk, w_uv, scaling, mask)
+    return absorbed_attention_quantized(*states, scaling, mask)
 
 
 def decode_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, quantized: bool = False) -> str | None:
     """Which kernel these queries, latents and weights attend in, by [`MLA_DECODE`]; `None` for the plain form.
 
     "auto" takes up to `MLA_DECODE_MAX_QUERIES` new tokens in 16 bits on NVIDIA GPUs from compute capability 8.0 on to the kernel
-    that [`gpu_decodes`] has found right and fast there. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper),
-    "flashinfer" and "flashmla" (for Hopper) are for one new token without a mask; the rest goes to the Triton kernel, "kernel".
+    that [`gpu_decodes`] has found right and fast there, and on CPUs what [`decodes_in_c`] says yes to to "c", which is for CPUs
+    alone. "fa3" (Flash Attention 3 of the `kernels` package, for Hopper), "flashinfer" and "flashmla" (for Hopper) are for one
+    new token without a mask; the rest goes to the Triton kernel, "kernel".
     Whatever was chosen, what needs gradients, runs under autocast, or has an additive mask or one per head takes the plain form.
 
     Raises:
         ValueError: for another `MLA_DECODE`, and for a kernel's name where there is none.
     """
-    if MLA_DECODE not in ("auto", "kernel", *DECODES, "torch"):
+    if MLA_DECODE not in ("auto", "c", "kernel", *DECODES, "torch"):
         kernels = ", ".join(map(repr, DECODES))
-        raise ValueError(f"MLA_DECODE is 'auto', 'kernel', {kernels} or 'torch', got {MLA_DECODE!r}.")
+        raise ValueError(f"MLA_DECODE is 'auto', 'c', 'kernel', {kernels} or 'torch', got {MLA_DECODE!r}.")
     queries, device = tensors[0], tensors[2].device
+    if MLA_DECODE == "c" or (MLA_DECODE == "auto" and device.type == "cpu"):
+        return "c" if decodes_in_c(tensors, mask) else None
     if MLA_DECODE == "torch" or (MLA_DECODE == "auto" and device.type != "cuda"):
         return None
     dtypes = {tensor.dtype for tensor in tensors}
@@ -127,6 +139,45 @@ def decode_kernel(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, 
     elif quantized or mask is not None or queries.shape[2] > 1:
         names = ("kernel",)
     return names[0] if names else None
+
+
+def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torch.Tensor | None) -> bool:
+    """Whether these meet in C: on x86 CPUs with AVX2 and a compiler, for no gradients, from 16 heads of DeepSeek-V2 on.
+
+    Raises:
+        ValueError: for `MLA_DECODE` "c" where there is no such kernel.
+    """
+    if MLA_DECODE == "auto" and tensors[4].numel() < C_MIN_WEIGHTS:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
+        return False
+    if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors):
+        return False
+    if MLA_DECODE == "c" and not decode_available():
+        raise ValueError(
+            "MLA_DECODE = 'c' wants an x86 CPU with AVX2 and a C compiler with OpenMP: leave it at 'auto'."
+        )
+    return decodes(*tensors, mask) and decode_available()
+
+
+@torch.compiler.assume_constant_result
+def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, keeps_weights: bool) -> float:
+    """Multiply-adds per second in latent space by those of the expanded form on this CPU: at least 1, measured.
+
+    Args:
+        weights: numbers in `w_uk`.
+        keys, width: tokens, and numbers in the keys and values of each: once all leave the caches, expanding is slow.
+        keeps_weights: of attention, which is for the plain form.
+    """
+    in_c = MLA_DECODE in ("auto", "c") and (MLA_DECODE == "c" or weights >= C_MIN_WEIGHTS) and not keeps_weights
+    if not in_c or dtype not in (torch.float32, torch.bfloat16) or not decode_available():
+        return 1.2
+    wide, beyond_caches = vector_lanes() == 16, keys * width * dtype.itemsize > 2**25
+    if beyond_caches:
+        return 2.0 if wide else 1.5
+    if dtype == torch.bfloat16 and has_fast_gemm("cpu", dtype):
+        return 1.25 if wide and keys >= 1024 else 1.0
+    return 1.7 if wide else 1.0
 
 
 @torch.compiler.assume_constant_result
@@ -267,7 +318,7 @@ def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
     Raises:
         ValueError: for `FP8_PRODUCT` "c" where there is no compiler.
     """
-    if FP8_PRODUCT not in ("auto", "c") or torch.compiler.is_compiling() or type(weight.detach()) is not torch.Tensor:
+    if FP8_PRODUCT not in ("auto", "c") or torch.compiler.is_compiling() or not has_numbers(weight):
         return False
     fits = weight.dtype == torch.float8_e4m3fn and weight.device.type == "cpu" and weight.stride(-1) == 1
     if FP8_PRODUCT == "c":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .dtypes import cast, has_fast_gemm
 from .quantized import QuantizedStates, is_quantized, read, rotate, space
 
-QUERY_BLOCK, SCORES = 64, 2**23  # queries that attend at a time, and how many scores they may have together on a CPU
+QUERY_BLOCK, SCORES = 128, 2**23  # queries that attend at a time, and how many scores they may have together on a CPU
 GPU_SCORES = 2**27  # likewise: half a GB of them, some times over (by reasoning)
 FEW_ROWS = 256  # heads times new tokens: measured, a CPU has their scores faster as [tokens, rows]
 KEY_BLOCK = 4096  # latents at a time, where scores are too many for one block; half as many where they are converted
@@ -169,9 +169,10 @@ def blocked_causal_attention(
         if mask is None:
             hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
             scores[..., start:].masked_fill_(hidden, float("-inf"))
-            probs = scores.softmax(dim=-1, dtype=torch.promote_types(compute, torch.float32))
-        else:
-            probs = _masked_softmax(scores, mask[..., start:end, :])
+        else:  # the lowest number, not -inf: a row that sees nothing is spread evenly, never NaN
+            seen_by = mask[..., start:end, :]
+            scores += scores.new_zeros(seen_by.shape).masked_fill_(~seen_by, torch.finfo(compute).min)
+        probs = scores.softmax(dim=-1, dtype=torch.promote_types(compute, torch.float32))
         output[:, start:end] = torch.matmul(cast(probs, compute), value[:, :, :seen]).transpose(1, 2)
     return output
 

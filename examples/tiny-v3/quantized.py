@@ -62,7 +62,7 @@ class QuantizedStates:
 
 def is_quantized(states) -> bool:
     """Whether these are [`QuantizedStates`], also those of another copy of this code: a model may be remote code."""
-    return hasattr(states, "codes")
+    return type(states) is not torch.Tensor and hasattr(states, "codes")
 
 
 def as_tensor(states: torch.Tensor | QuantizedStates | None) -> torch.Tensor | None:
