@@ -162,10 +162,7 @@ class DeepseekLatentAttention(DeepseekAttention):
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
             if self.blocks_queries(hidden_states, attention_mask, **kwargs):
-                query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
-                key, value = self.expand(latent, k_rope, wide=not has_fast_gemm("cpu", query.dtype))
-                output = blocked_causal_attention(query, key, value, self.scaling, attention_mask)
-                return self.o_proj(output.flatten(2)), None
+                return self.o_proj(self.attend_in_blocks(q_latent, latent, k_rope, cos, sin, attention_mask)), None
             inputs = (q_latent, latent, k_rope, cos, sin, attention_mask is not None)
             with recomputed(by, self.expand_all, *inputs) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
@@ -179,6 +176,12 @@ class DeepseekLatentAttention(DeepseekAttention):
         query = query.view(*query.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
         q_nope, q_rope = query.split_with_sizes((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         return q_nope, self.rotate(q_rope, cos, sin)
+
+    def attend_in_blocks(self, q_latent, latent, k_rope, cos, sin, mask: torch.Tensor | None) -> torch.Tensor:
+        """A prefill, expanded, by blocks of queries -> `[B, S, H * v]`; where [`blocks_queries`] says so."""
+        query = torch.cat(self.queries(q_latent, cos, sin), dim=-1)
+        key, value = self.expand(latent, k_rope, wide=not has_fast_gemm("cpu", query.dtype))
+        return blocked_causal_attention(query, key, value, self.scaling, mask).flatten(2)
 
     def expand_all(
         self, q_latent, latent, k_rope, cos, sin, masked: bool

@@ -145,6 +145,8 @@ def attend_rows(module: DeepseekLatentAttention, q_latent, latent, k_rope, cos, 
     (batch, queries), keys = q_latent.shape[:2], latent.shape[2]
     if module.use_absorbed(queries, keys, True):
         return module.attend_absorbed(*module.queries(q_latent, cos, sin), latent, k_rope, mask)[0]
+    if module.blocks_queries(q_latent, mask):
+        return module.attend_in_blocks(q_latent, latent, k_rope, cos, sin, mask)
     interface = eager_attention
     if "eager" in (module.config._attn_implementation or "eager"):
         mask = dense_mask(mask, batch, queries, keys, latent.device)

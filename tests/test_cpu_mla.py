@@ -39,7 +39,12 @@ def inputs(
         return torch.randn(shape, generator=generator).to(dtype)
 
     query = normal(batch, queries, heads, nope + rope).transpose(1, 2)
-    latent, k_rope = normal(batch, tokens + 9, rank)[:, :tokens], normal(batch, tokens + 9, rope)[:, :tokens]
+    latent, k_rope = normal(batch, tokens + 9, rank), normal(batch, tokens + 9, rope)
+    latent[:, tokens:], k_rope[:, tokens:] = (
+        float("nan"),
+        float("nan"),
+    )  # what a cache has room for, and nobody may read
+    latent, k_rope = latent[:, :tokens], k_rope[:, :tokens]
     weight = (normal(heads, nope + value, rank) / nope**0.5).to(dtype)
     return [*query.split((nope, rope), dim=-1), latent, k_rope, *weight.split((nope, value), dim=1)]
 
