@@ -160,7 +160,6 @@ def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torc
     return decodes(*tensors, mask) and decode_available()
 
 
-@torch.compiler.assume_constant_result
 def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, keeps_weights: bool) -> float:
     """Multiply-adds per second in latent space by those of the expanded form on this CPU: at least 1, measured.
 
@@ -169,8 +168,14 @@ def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, k
         keys, width: tokens, and numbers in the keys and values of each: once all leave the caches, expanding is slow.
         keeps_weights: of attention, which is for the plain form.
     """
-    in_c = MLA_DECODE in ("auto", "c") and (MLA_DECODE == "c" or weights >= C_MIN_WEIGHTS) and not keeps_weights
-    if not in_c or dtype not in (torch.float32, torch.bfloat16) or not decode_available():
+    in_c = MLA_DECODE == "c" or (MLA_DECODE == "auto" and weights >= C_MIN_WEIGHTS)
+    if (
+        torch.compiler.is_compiling()
+        or keeps_weights
+        or not in_c
+        or dtype not in (torch.float32, torch.bfloat16)
+        or not decode_available()
+    ):
         return 1.2
     wide, beyond_caches = vector_lanes() == 16, keys * width * dtype.itemsize > 2**25
     if beyond_caches:

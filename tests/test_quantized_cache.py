@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_deepseek import LatentCache, attention, quantized
+from modeling_deepseek.dtypes import has_fast_gemm
 from modeling_deepseek.plain_attention import absorbed_attention_quantized, absorbed_attention_reference
 from modeling_deepseek.quantized import QuantizedStates, as_tensor, pack, rotate, unpack, unpack_briefly
 from tiny import tiny_config, tiny_model, tiny_tokens
@@ -133,7 +134,8 @@ def test_attention_in_bf16_is_near_that_in_fp64(bits):
     states = drawn("V2-Lite, blocks", bits, torch.bfloat16)
     result, expected = absorbed_attention_quantized(*states), plain(*states)
     assert result.dtype == torch.bfloat16
-    assert (result - expected).norm() / expected.norm() < 0.01
+    room = 0.03 if has_fast_gemm("cpu", torch.bfloat16) else 0.01  # where products are in bf16, scores are rounded too
+    assert (result - expected).norm() / expected.norm() < room
 
 
 def latents(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

@@ -288,7 +288,9 @@ def test_the_way_to_decode_is_chosen_by_name(monkeypatch):
     with pytest.raises(ValueError, match=r"all bf16, fp16 or fp32, got torch.float32, torch.float64"):
         ops.decode_kernel([*tensors[:5], tensors[5].double()], None)
     monkeypatch.setattr(ops, "MLA_DECODE", "fast")
-    with pytest.raises(ValueError, match="'auto', 'kernel', 'fa3', 'flashinfer', 'flashmla' or 'torch', got 'fast'"):
+    with pytest.raises(
+        ValueError, match="'auto', 'c', 'kernel', 'fa3', 'flashinfer', 'flashmla' or 'torch', got 'fast'"
+    ):
         ops.decode_kernel(tensors, None)
 
 
