@@ -17,15 +17,18 @@ logger = logging.get_logger(__name__)
 @functools.cache
 def compiled(source: str, *flags: str) -> ctypes.CDLL | None:
     """The functions of `source`; `None`, said once, where there is no compiler or what it made cannot be loaded."""
-    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, ("cc", "gcc", "clang")))[:1]
     problem = "no C compiler was found"
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, ("cc", "gcc", "clang")))[:1]
+    except ValueError as error:
+        compiler, problem = [], f"CC cannot be read: {error}"
     for options in (["-march=native", "-fopenmp"], ["-fopenmp"], []) if compiler else ():  # the last: one thread
         try:
             with tempfile.TemporaryDirectory(prefix="modeling_deepseek_") as folder:
                 Path(folder, "kernels.c").write_text(source, encoding="utf-8")
                 files = ["kernels.c", "-o", "kernels.so", "-lm"]
                 command = [*compiler, "-O3", "-fPIC", "-shared", *options, *flags, *files]
-                subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, errors="replace", timeout=120)
                 return ctypes.CDLL(str(Path(folder, "kernels.so")))
         except (OSError, subprocess.SubprocessError) as error:
             problem = str(getattr(error, "stderr", None) or error).strip()

@@ -33,6 +33,12 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch, warned):
     assert "no C compiler was found" in warned[1]
 
 
+def test_a_name_that_cannot_be_read_is_shown(monkeypatch, warned):
+    monkeypatch.setenv("CC", "gcc 'x")
+    assert translate() is None
+    assert "No closing quotation" in warned[0]
+
+
 def test_what_cannot_be_translated_is_shown(warned):
     assert translate("this is no C") is None
     assert "error" in warned[0]

@@ -1,9 +1,13 @@
 """The C kernel in which new tokens meet a cache on a CPU, against its plain twins."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
+import torch.utils.flop_counter
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek import DeepseekV2Config, LatentCache, compiler, cpu_mla, ops, scratch
@@ -270,6 +274,60 @@ def test_the_rest_takes_the_plain_form(kernel, change):
         assert (output.double() - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize("which", range(6))
+def test_tensors_that_do_not_agree_are_left_to_pytorch_which_says_so(kernel, which):
+    tensors = inputs(queries=2)
+    shorter = (slice(None), slice(None), slice(0, 1)) if which < 2 else slice(0, 1)
+    tensors[which] = tensors[which][shorter]
+    assert ops.decode_kernel(tuple(tensors), None) is None
+    tensors = inputs()
+    tensors[3] = tensors[3][:, :-1]
+    with pytest.raises(RuntimeError, match="size"):
+        attend_latents(*tensors, 0.25, weights=False)
+
+
+def test_another_default_device_makes_no_difference(kernel):
+    tensors = inputs()
+    expected = check(tensors)
+    with torch.device("meta"):
+        output, _ = attend_latents(*tensors, tensors[2].shape[-1] ** -0.5, weights=False)
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+def test_what_traces_or_counts_sees_operations(kernel):
+    tensors, others = inputs(1, seed=1), inputs(1, seed=2)
+
+    def call(*arguments):
+        return attend_latents(*arguments, 0.1, weights=False)[0]
+
+    expected = call(*others)
+    for graph in (
+        torch.jit.trace(call, tensors, check_trace=False),
+        torch.fx.experimental.proxy_tensor.make_fx(call)(*tensors),
+    ):
+        torch.testing.assert_close(graph(*others), expected, rtol=1e-4, atol=1e-5)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        call(*tensors)
+    assert counter.get_total_flops() >= 2 * 5 * 70 * (2 * 128 + 8)
+
+
+def test_it_runs_on_the_stack_of_a_small_thread():
+    """Latents as they are take little of it; what is converted takes some 100 KB more."""
+    script = """if True:
+        import threading, torch
+        from modeling_deepseek import cpu_mla
+        t = [torch.randn(1, 16, 1, 128), torch.randn(1, 16, 1, 64), torch.randn(1, 900, 512), torch.randn(1, 900, 64)]
+        t += [torch.randn(16, 128, 512), torch.randn(16, 128, 512)]
+        cpu_mla.decode_available()
+        threading.stack_size(256 * 1024)
+        thread = threading.Thread(target=lambda: print(cpu_mla.mla_decode(*t, 0.1).isfinite().all()))
+        thread.start()
+        thread.join()
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert "tensor(True)" in run.stdout, run.stderr
+
+
 def test_gradients_tangents_and_transforms_take_the_plain_form(kernel):
     tensors = inputs(batch=1)
     tensors[4].requires_grad_()
@@ -413,9 +471,26 @@ def test_how_many_new_tokens_stay_in_latent_space(model, monkeypatch, lanes, dty
     monkeypatch.setattr(ops, "vector_lanes", lambda: lanes)
     monkeypatch.setattr(ops, "has_fast_gemm", lambda *_: fast)
     layer = DeepseekLatentAttention(model.config, 0).to(dtype).eval()
-    assert layer.use_absorbed(new, keys, True) is absorbed
-    layer.config._attn_implementation = "eager"
-    try:
-        assert layer.use_absorbed(new, keys, True) is (new * (keys * 1088 + 2**17) < 1.2 * keys * (new * 320 + 2**17))
-    finally:
-        layer.config._attn_implementation = "sdpa"
+    without = new * (keys * 1088 + 2**17) < 1.2 * keys * (new * 320 + 2**17)
+    assert layer.use_absorbed(new, keys, True) is without  # for gradients
+    with torch.no_grad():
+        assert layer.use_absorbed(new, keys, True) is absorbed
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.use_absorbed(new, keys, True) is without
+        layer.config._attn_implementation = "eager"
+        try:
+            assert layer.use_absorbed(new, keys, True) is without
+        finally:
+            layer.config._attn_implementation = "sdpa"
+
+
+def test_compiled_whole_with_lengths_that_change(model):
+    compiled = torch.compile(model.model, fullgraph=True, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for length in (24, 30):
+            tokens = torch.randint(2, 200, (1, length + 5))
+            cache = LatentCache(model.config)
+            compiled(input_ids=tokens[:, :length], past_key_values=cache, use_cache=True)
+            states = compiled(input_ids=tokens[:, length:], past_key_values=cache, use_cache=True).last_hidden_state
+            expected = model.model(input_ids=tokens).last_hidden_state[:, length:]
+            torch.testing.assert_close(states, expected, rtol=1e-3, atol=1e-3)

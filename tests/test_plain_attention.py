@@ -318,6 +318,25 @@ def test_blocks_of_queries_equal_all_at_once(length, keys, heads, masked, dtype,
     assert output.shape == (2, length, heads, 16) and output.dtype == dtype and output.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_blocks_do_not_see_what_a_mask_hides(dtype, number, monkeypatch):
+    """Whatever it is; and rows that see nothing are spread evenly over all keys, also in fp16, whose range is small."""
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda *_: True)
+    monkeypatch.setattr(plain_attention, "QUERY_BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (2 * torch.randn(1, 2, 40, 32, generator=generator).to(dtype) for _ in range(3))
+    query[..., 0], key[..., 0] = -8, 8  # all scores are far below 0
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None].clone()
+    mask[..., :3] = False
+    expected = blocked_causal_attention(query, key, value, 1.0, mask)
+    mean = value.float().mean(2)[:, None].expand(1, 3, 2, 32)
+    torch.testing.assert_close(expected[:, :3].float(), mean, rtol=2e-2, atol=2e-2)
+    assert expected.isfinite().all()
+    key[:, :, 0] = number
+    torch.testing.assert_close(blocked_causal_attention(query, key, value, 1.0, mask), expected, rtol=0, atol=0)
+
+
 def test_blocks_do_not_read_what_lies_behind():
     query, key, value = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 60, 8), torch.randn(1, 2, 60, 8)
     key[:, :, 40:] = value[:, :, 40:] = float("nan")

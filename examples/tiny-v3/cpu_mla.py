@@ -419,8 +419,9 @@ INLINE void attend(const shapes *s, const tensors *of, const float *q, float *co
                    int64_t b, int64_t first, int64_t last, int64_t begin, int64_t end, int bf16) {
   const int64_t groups = last - first, stride = groups * LANES, K = s->rank + s->rope;
   const int64_t width = K / EACH(bf16) * LANES;
-  float scores[BLOCK * GROUPS * LANES], decay[GROUPS * LANES], scales[BLOCK], prepared[BLOCK * WIDTH];
+  float scores[BLOCK * GROUPS * LANES], decay[GROUPS * LANES], scales[BLOCK];
   const int as_they_are = !s->bits && (!bf16 || PAIRS);
+  float prepared[as_they_are ? 1 : BLOCK * K / EACH(bf16)];
 #if PAIRS
   uint32_t both[bf16 ? BLOCK / 2 * GROUPS * LANES : 1];
 #endif
@@ -624,10 +625,26 @@ def decodes(
             kind, x = (torch.int8 if x.bits == 8 else torch.uint8), x.codes
         if x.dtype != kind or not x.is_cpu or x.stride(-1) != 1 or type(x) not in (torch.Tensor, torch.nn.Parameter):
             return False
-    if rank % 64 or rope % 2 or w_uk.shape[1] % 2 or w_uv.shape[1] % 4 or rank + rope > MOST_WIDTH:
+    batch, heads, length, nope = q_nope.shape
+    if (
+        rank % 64
+        or rope % 2
+        or nope % 2
+        or w_uv.shape[1] % 4
+        or rank + rope > MOST_WIDTH
+        or not tokens
+        or not q_nope.numel()
+    ):
         return False
-    seen = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-    return seen and tokens > 0 and q_nope.numel() > 0 and (is_quantized(latent) or not is_quantized(k_rope))
+    agree = (
+        q_rope.shape == (batch, heads, length, rope)
+        and latent.shape[0] == k_rope.shape[0] == batch
+        and k_rope.shape[-2] == tokens
+        and w_uk.shape == (heads, nope, rank)
+        and (w_uv.shape[0], w_uv.shape[2]) == (heads, rank)
+    )
+    seen = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1 and mask.is_cpu)
+    return agree and seen and (is_quantized(latent) or not is_quantized(k_rope))
 
 
 def mla_decode(
@@ -659,7 +676,7 @@ def mla_decode(
         mask = mask.expand(batch, 1, length, tokens)
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         seen, mask_strides = mask.data_ptr(), (mask.stride(0), mask.stride(2))
-    out = torch.empty(batch, heads, length, value, dtype=q_nope.dtype)
+    out = torch.empty(batch, heads, length, value, dtype=q_nope.dtype, device="cpu")
     strides = (
         *q_nope.stride()[:3], *q_rope.stride()[:3], *latent.stride()[:2], *k_rope.stride()[:2], *w_uk.stride()[:2],
         *w_uv.stride()[:2], *mask_strides, out.stride(0),

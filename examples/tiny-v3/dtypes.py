@@ -33,5 +33,13 @@ def has_numbers(x: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` transforms what runs now, or tensors may have tangents: a C function would know nothing of it."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether PyTorch does more with its operations than to run them, of which a C function would know nothing.
+
+    That is a transform of `torch.func`, a level of forward derivatives, tracing, or a dispatch mode, which may count or record.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )

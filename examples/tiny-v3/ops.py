@@ -149,7 +149,7 @@ def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torc
     """
     if MLA_DECODE == "auto" and tensors[4].numel() < C_MIN_WEIGHTS:
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
+    if not runs_as_it_is():
         return False
     if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors):
         return False
@@ -160,6 +160,11 @@ def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torc
     return decodes(*tensors, mask) and decode_available()
 
 
+def runs_as_it_is() -> bool:
+    """Whether operations on a CPU are run now as they are written: not compiled, cast or transformed."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed())
+
+
 def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, keeps_weights: bool) -> float:
     """Multiply-adds per second in latent space by those of the expanded form on this CPU: at least 1, measured.
 
@@ -168,14 +173,11 @@ def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, k
         keys, width: tokens, and numbers in the keys and values of each: once all leave the caches, expanding is slow.
         keeps_weights: of attention, which is for the plain form.
     """
-    in_c = MLA_DECODE == "c" or (MLA_DECODE == "auto" and weights >= C_MIN_WEIGHTS)
-    if (
-        torch.compiler.is_compiling()
-        or keeps_weights
-        or not in_c
-        or dtype not in (torch.float32, torch.bfloat16)
-        or not decode_available()
-    ):
+    known = dtype in (torch.float32, torch.bfloat16) and (weights >= C_MIN_WEIGHTS or MLA_DECODE == "c")
+    in_c = (
+        MLA_DECODE in ("auto", "c") and known and not keeps_weights and runs_as_it_is() and not torch.is_grad_enabled()
+    )
+    if not in_c or not decode_available():
         return 1.2
     wide, beyond_caches = vector_lanes() == 16, keys * width * dtype.itemsize > 2**25
     if beyond_caches:

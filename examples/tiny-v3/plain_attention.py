@@ -159,22 +159,30 @@ def blocked_causal_attention(
     step = max(16, min(QUERY_BLOCK, SCORES // (batch * heads * keys)))
     for start in range(0, length, step):
         end = min(start + step, length)
-        seen = end if mask is None else keys
-        if (
-            seen <= query.shape[-1] and compute != torch.float16
-        ):  # whose range ends at 65504: the fewer numbers are scaled
+        own = None if mask is None else mask[..., start:end, :]
+        first, seen = (start, end) if mask is None else _bounds(own)
+        # of the two, the fewer numbers are scaled; fp16 ends at 65504
+        if seen <= query.shape[-1] and compute != torch.float16:
             scores = torch.matmul(query[:, :, start:end], key[..., :seen]).mul_(scaling)
         else:
             scores = torch.matmul(query[:, :, start:end] * scaling, key[..., :seen])
         if mask is None:
             hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-            scores[..., start:].masked_fill_(hidden, float("-inf"))
+            scores[..., first:].masked_fill_(hidden, float("-inf"))
         else:  # the lowest number, not -inf: a row that sees nothing is spread evenly, never NaN
-            seen_by = mask[..., start:end, :]
-            scores += scores.new_zeros(seen_by.shape).masked_fill_(~seen_by, torch.finfo(compute).min)
+            scores = scores.float() if compute == torch.float16 else scores
+            scores[..., first:].masked_fill_(~own[..., first:seen], torch.finfo(scores.dtype).min)
         probs = scores.softmax(dim=-1, dtype=torch.promote_types(compute, torch.float32))
         output[:, start:end] = torch.matmul(cast(probs, compute), value[:, :, :seen]).transpose(1, 2)
     return output
+
+
+def _bounds(mask: torch.Tensor) -> tuple[int, int]:
+    """The first key that some query does not see, and the end of those that any sees: all, where a query sees none."""
+    rows = mask.flatten(0, -2)
+    hidden, seen = (~rows.all(0)).nonzero(), rows.any(0).nonzero()
+    keys = mask.shape[-1]
+    return int(hidden[0]) if len(hidden) else keys, int(seen[-1]) + 1 if rows.any(1).all() else keys
 
 
 def absorbed_attention_quantized(
