@@ -29,9 +29,8 @@ from .triton_mla import AVAILABLE as DECODE_KERNEL
 from .triton_mla import mla_decode
 
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
-C_MIN_WEIGHTS = (
-    2**20
-)  # of a weight that is worth the second which a compiler takes, once per process (w_uk of 16 heads)
+# Of a weight (for attention w_uk: 16 heads) that is worth the second which a compiler takes, once per process.
+C_MIN_WEIGHTS = 2**20
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
 # How new tokens meet a cache, for you to set: "auto", "c" (on CPUs), "kernel", "fa3", "flashinfer", "flashmla" or "torch".
 MLA_DECODE = "auto"
