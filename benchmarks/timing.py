@@ -1,5 +1,6 @@
 """What the benchmarks share: contestants that take turns in one process, and the lines of a table."""
 
+import ctypes
 import platform
 import statistics
 import time
@@ -12,6 +13,14 @@ import transformers
 def machine(threads: int) -> str:
     name = platform.processor() or platform.machine()
     return f"{name}, {threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def keep_memory() -> None:
+    """What is freed stays with this process (glibc only): fresh pages of gigabytes take longer than the work, and never as long."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)
 
 
 def take_turns(

@@ -36,6 +36,7 @@ LAYERS = {
     "triton_kernels": 0,
     "compiler": 0,
     "cpu_kernels": 1,
+    "mla_source": 0,
     "cpu_mla": 2,
     "triton_mla": 1,
     "hub_kernels": 0,
