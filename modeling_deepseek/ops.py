@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded
+from .cpu_kernels import fp8_dequantize, fp8_product, fp8_products, kernels_available, kernels_loaded, multiplies_pairs
 from .cpu_mla import decode_available, decodes, vector_lanes
 from .cpu_mla import mla_decode as cpu_mla_decode
 from .dtypes import cast, has_fast_gemm, has_numbers, is_transformed
@@ -31,7 +31,8 @@ from .triton_mla import mla_decode
 FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight is multiplied; set it to choose
 # Of a weight (for attention w_uk: 16 heads) that is worth the second which a compiler takes, once per process.
 C_MIN_WEIGHTS = 2**20
-C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces
+C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces;
+C_MAX_TOKENS_IN_PAIRS = 24  # and up to 24 in bf16 where the processor multiplies it
 # How new tokens meet a cache, for you to set: "auto", "c" (on CPUs), "kernel", "fa3", "flashinfer", "flashmla" or "torch".
 MLA_DECODE = "auto"
 MLA_DECODE_TRIED = 2, 4000  # rows and tokens of the cache that kernels are tried with
@@ -336,7 +337,9 @@ def has_c_form(weight: torch.Tensor, at_least: int) -> bool:
 
 def multiplies_in_c(weight: torch.Tensor, tokens: int, dtype: torch.dtype) -> bool:
     """Whether so many tokens in `dtype` meet this FP8 weight, or one of a stack of them, in C."""
-    return 0 < tokens <= C_MAX_TOKENS and dtype != torch.float64 and has_c_form(weight, C_MIN_WEIGHTS)
+    if not 0 < tokens <= C_MAX_TOKENS_IN_PAIRS or dtype == torch.float64 or not has_c_form(weight, C_MIN_WEIGHTS):
+        return False
+    return tokens <= C_MAX_TOKENS or (dtype == torch.bfloat16 and multiplies_pairs())
 
 
 def blocks_of(weight: torch.Tensor, block_size: tuple[int, int]) -> tuple[int, ...]:
@@ -357,7 +360,7 @@ def dequantizing_product(
         return None
     if x.shape[-1] != weight.shape[1] or tuple(scale.shape) != blocks_of(weight, block_size):
         return None  # what is left to PyTorch says what is wrong
-    rows = x.reshape(tokens, -1).float().contiguous()
+    rows = x.reshape(tokens, -1).contiguous()
     return fp8_product(rows, weight, scale.float().contiguous(), block_size).to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -382,8 +385,7 @@ def dequantizing_products(
         return None
     if not set(chosen) <= set(range(len(weights))):
         return None
-    rows, scales = x.float().contiguous(), scales.float().contiguous()
-    return fp8_products(rows, weights, scales, chosen, starts, block_size).to(x.dtype)
+    return fp8_products(x.contiguous(), weights, scales.float().contiguous(), chosen, starts, block_size).to(x.dtype)
 
 
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:

@@ -12,11 +12,17 @@ from modeling_deepseek.fp8 import FP8Experts, FP8Linear, dequantize, fp8_linear,
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
-@pytest.fixture(params=["as the machine has it", "portable"])
+BUILDS = {
+    "as the machine has it": (),
+    "without AVX512_BF16": ("-U__AVX512BF16__",),
+    "portable": ("-U__AVX512BF16__", "-U__AVX2__"),
+}
+
+
+@pytest.fixture(params=BUILDS)
 def kernels(request, monkeypatch):
-    if request.param == "portable":
-        library = cpu_kernels._library("-UWIDE", "-U__AVX2__")
-        monkeypatch.setattr(cpu_kernels, "_library", functools.cache(lambda: library))
+    library = cpu_kernels._library(*BUILDS[request.param])
+    monkeypatch.setattr(cpu_kernels, "_library", functools.cache(lambda: library))
     monkeypatch.setattr(ops, "FP8_PRODUCT", "c")
     assert cpu_kernels.kernels_available()
     return request.param
@@ -49,17 +55,32 @@ def test_dequantises_bit_for_bit(kernels, monkeypatch, rows, columns, block):
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tokens", range(1, 10))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns,at", [(1, 0), (32, 31), (64, 5), (65, 64), (130, 127), (300, 299)])
+def test_every_code_has_its_value_in_a_product(kernels, dtype, columns, at):
+    """Subnormal codes and NaN too: of the pairs' operands, processors take subnormal bf16 for zero."""
+    weight = torch.zeros(256, columns).to(torch.float8_e4m3fn)
+    weight[:, at] = CODES
+    for scale in (1.0, 1 / 3, 2.0**-100):
+        x = torch.full((5, columns), 0.75, dtype=dtype)
+        product = cpu_kernels.fp8_product(x, weight, torch.full((2, -(-columns // 128)), scale), (128, 128))
+        expected = (CODES.float() * 0.75 * torch.tensor(scale)).expand(5, 256)
+        torch.testing.assert_close(product, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [*range(1, 10), 24, 25])
 @pytest.mark.parametrize("rows,columns,block", [(5, 3, (2, 2)), (130, 300, (128, 128)), (64, 100, (16, 24))])
-def test_product_is_that_of_the_dequantised_weight(kernels, monkeypatch, tokens, rows, columns, block):
+def test_product_is_that_of_the_dequantised_weight(kernels, monkeypatch, tokens, rows, columns, block, dtype):
     torch.manual_seed(tokens)
     weight, scale = quantize(torch.randn(rows, columns), block)
-    x = torch.randn(tokens, columns)
+    x = torch.randn(tokens, columns).to(dtype)
     product = cpu_kernels.fp8_product(x, weight, scale, block)
     expected = x.double() @ plain(monkeypatch, lambda: dequantize(weight, scale, block)).double().T
     torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
     kept = ops.dequantizing_product(x, weight, scale, block)
-    assert (kept is None) == (tokens > ops.C_MAX_TOKENS)
+    pairs = dtype == torch.bfloat16 and cpu_kernels.multiplies_pairs()
+    assert (kept is None) == (tokens > (ops.C_MAX_TOKENS_IN_PAIRS if pairs else ops.C_MAX_TOKENS))
 
 
 @pytest.mark.parametrize("counts", [[1], [1, 1, 1, 1, 1, 1], [3, 8, 1], [0, 5, 0, 2]])

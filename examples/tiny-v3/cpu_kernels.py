@@ -11,11 +11,11 @@ import torch
 
 from .compiler import compiled
 
-TILE = 4  # tokens that a weight is decoded for at a time
-
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
+
+enum { TILE = 4 }; /* tokens that a weight is decoded for at a time */
 
 /* E4M3: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7f is NaN, there is no infinity. */
 static float TABLE[256];
@@ -116,25 +116,88 @@ ROW(2)
 ROW(3)
 ROW(4)
 
+/* The same for x in bf16, which E4M3 fits in: both bytes of 64 values from tables of 128, then products of pairs. */
+#if defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#define PAIRS 1
+typedef struct { __m512i part[2][2]; } tables;
+
+static inline tables bytes_of_bfloat16(void) {
+  uint8_t bytes[2][128];
+  for (int code = 0; code < 128; code++) {
+    uint32_t bits;
+    memcpy(&bits, TABLE + code, 4);
+    bytes[0][code] = bits >> 16;
+    bytes[1][code] = bits >> 24;
+  }
+  tables found;
+  for (int i = 0; i < 4; i++) found.part[i / 2][i % 2] = _mm512_loadu_si512(bytes[i / 2] + 64 * (i % 2));
+  return found;
+}
+
+static inline __attribute__((always_inline)) void pairs_row(const int tokens, const tables *of, const uint8_t *codes,
+                                                            const float *scales, const uint16_t *x, float *y,
+                                                            int64_t inner, int64_t group, int64_t y_stride) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), sign = _mm512_set1_epi8((char)0x80);
+  __m512 sums[TILE];
+  for (int t = 0; t < tokens; t++) sums[t] = _mm512_setzero_ps();
+  for (int64_t start = 0; start < inner; start += group, scales++) {
+    int64_t end = start + group < inner ? start + group : inner;
+    __m512 part[TILE][2];
+    for (int t = 0; t < tokens; t++) part[t][0] = part[t][1] = _mm512_setzero_ps();
+    for (int64_t i = start; i < end; i += 64) {
+      uint64_t there = end - i < 64 ? ((uint64_t)1 << (end - i)) - 1 : ~(uint64_t)0;
+      _mm_prefetch((const char *)codes + i + 1024, _MM_HINT_T0);
+      __m512i raw = _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(there, codes + i));
+      __m512i low = _mm512_permutex2var_epi8(of->part[0][0], raw, of->part[0][1]);
+      __m512i high = _mm512_permutex2var_epi8(of->part[1][0], raw, of->part[1][1]);
+      high = _mm512_or_si512(high, _mm512_and_si512(raw, sign));
+      __m512bh w[2] = {(__m512bh)_mm512_unpacklo_epi8(low, high), (__m512bh)_mm512_unpackhi_epi8(low, high)};
+      for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < 2; p++) {
+          __m512i own = _mm512_maskz_loadu_epi16((__mmask32)(there >> 32 * p), x + t * inner + i + 32 * p);
+          part[t][p] = _mm512_dpbf16_ps(part[t][p], w[p], (__m512bh)own);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+      sums[t] = _mm512_fmadd_ps(_mm512_add_ps(part[t][0], part[t][1]), _mm512_set1_ps(*scales), sums[t]);
+  }
+  for (int t = 0; t < tokens; t++) y[t * y_stride] = _mm512_reduce_add_ps(sums[t]);
+}
+#else
+#define PAIRS 0
+typedef struct { int none; } tables;
+static inline tables bytes_of_bfloat16(void) { return (tables){0}; }
+#define pairs_row(...)
+#endif
+
+/* Whether x may be in bf16. */
+int64_t takes_pairs(void) { return PAIRS; }
+
+#define MEET(TOKENS)                                                                                                   \
+  if (bfloat16) pairs_row(TOKENS, &of, codes, own, (const uint16_t *)x + t * inner, to, inner, group, rows);           \
+  else row_##TOKENS(codes, own, (const float *)x + t * inner, to, inner, group, rows);                                 \
+  t += TOKENS;                                                                                                         \
+  break;
+
 /* Weights [*, rows, inner] with scales [*, ceil(rows / group_rows), ceil(inner / group)]; x [n, inner], y [n, rows]: the tokens
    from starts[i] to starts[i + 1] meet the weight chosen[i]. */
-void products(const uint8_t *weights, const float *scales, const float *x, float *y, const int64_t *chosen,
-              const int64_t *starts, int64_t number, int64_t rows, int64_t inner, int64_t stride, int64_t row_stride,
-              int64_t group_rows, int64_t group) {
+void products(const uint8_t *weights, const float *scales, const void *x, int64_t bfloat16, float *y,
+              const int64_t *chosen, const int64_t *starts, int64_t number, int64_t rows, int64_t inner, int64_t stride,
+              int64_t row_stride, int64_t group_rows, int64_t group) {
   int64_t groups = (inner + group - 1) / group, row_groups = (rows + group_rows - 1) / group_rows;
+  const tables of = bytes_of_bfloat16();
 #pragma omp parallel for schedule(guided)
   for (int64_t each = 0; each < number * rows; each++) {
     int64_t i = each / rows, row = each % rows;
     const uint8_t *codes = weights + chosen[i] * stride + row * row_stride;
     const float *own = scales + (chosen[i] * row_groups + row / group_rows) * groups;
     for (int64_t t = starts[i]; t < starts[i + 1];) {
-      const float *from = x + t * inner;
       float *to = y + t * rows + row;
       switch (starts[i + 1] - t) {
-        case 1: row_1(codes, own, from, to, inner, group, rows); t += 1; break;
-        case 2: row_2(codes, own, from, to, inner, group, rows); t += 2; break;
-        case 3: row_3(codes, own, from, to, inner, group, rows); t += 3; break;
-        default: row_4(codes, own, from, to, inner, group, rows); t += 4;
+        case 1: MEET(1)
+        case 2: MEET(2)
+        case 3: MEET(3)
+        default: MEET(4)
       }
     }
   }
@@ -201,7 +264,7 @@ def _library(*flags: str) -> ctypes.CDLL | None:
     library = compiled(SOURCE, *flags)
     if library is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.products.argtypes = [pointer] * 6 + [number] * 7
+        library.products.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number] * 7
         library.dequantize.argtypes = [pointer] * 3 + [number] * 6
         library.products.restype = library.dequantize.restype = None
     return library
@@ -217,10 +280,18 @@ def kernels_loaded() -> bool:
     return _library.cache_info().currsize > 0
 
 
+def multiplies_pairs() -> bool:
+    """Whether `x` in bf16 is multiplied as it is: by AVX512_BF16, and AVX512_VBMI, which makes the weights bf16."""
+    return bool(_library().takes_pairs())
+
+
 def fp8_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]
 ) -> torch.Tensor:
-    """`x` `[n, in]` times `weight` `[out, in]` in E4M3 with block scales: `[n, out]`, all in fp32 and contiguous but for rows."""
+    """`x` `[n, in]` times `weight` `[out, in]` in E4M3 with block scales in fp32: `[n, out]`, summed and returned in fp32.
+
+    All are contiguous, but for rows of the weight. `x` is multiplied in fp32, or in bf16 as [`multiplies_pairs`] says.
+    """
     return fp8_products(x, weight.unsqueeze(0), scale.unsqueeze(0), [0], [0, len(x)], block_size)
 
 
@@ -233,10 +304,13 @@ def fp8_products(
     block_size: tuple[int, int],
 ) -> torch.Tensor:
     """[`fp8_product`] with `weights` `[E, out, in]`: rows `starts[i]` to `starts[i + 1]` of `x` meet `weights[chosen[i]]`."""
+    pairs = x.dtype == torch.bfloat16 and multiplies_pairs()
+    x = x if pairs else x.float()
     output = torch.empty(x.shape[0], weights.shape[1], dtype=torch.float32)
-    pointers = [tensor.data_ptr() for tensor in (weights, scales, x, output)]
+    tensors = [tensor.data_ptr() for tensor in (weights, scales, x)]
     integers = [(ctypes.c_int64 * len(each))(*each) for each in (chosen, starts)]
-    _library().products(*pointers, *integers, len(chosen), *weights.shape[1:], *weights.stride()[:2], *block_size)
+    sizes = (len(chosen), *weights.shape[1:], *weights.stride()[:2], *block_size)
+    _library().products(*tensors, pairs, output.data_ptr(), *integers, *sizes)
     return output
 
 

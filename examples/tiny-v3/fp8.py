@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from .dtypes import has_fast_gemm
 from .ops import (
-    C_MAX_TOKENS,
+    C_MAX_TOKENS_IN_PAIRS,
     block_scaled_product,
     blocks_of,
     dequantize_in_c,
@@ -340,7 +340,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
         """What `forward` gives, by one product for all experts before the activation and one behind it; `None` if it cannot be."""
         if self.low_rank or self.intermediate_dim % self.block_size[0] or hidden_states.device.type != "cpu":
             return None
-        few = 0 < top_k_index.numel() <= C_MAX_TOKENS * self.num_experts
+        few = 0 < top_k_index.numel() <= C_MAX_TOKENS_IN_PAIRS * self.num_experts
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not few:
             return None
         experts, order = top_k_index.flatten().sort(stable=True)
