@@ -117,7 +117,7 @@ ROW(3)
 ROW(4)
 
 /* The same for x in bf16, which E4M3 fits in: both bytes of 64 values from tables of 128, then products of pairs. */
-#if defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512BF16__)
+#if defined(WIDE) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512BF16__)
 #define PAIRS 1
 typedef struct { __m512i part[2][2]; } tables;
 
