@@ -415,3 +415,13 @@ def test_scores_lie_either_way(few, dtype, monkeypatch):
     wanted = [expected, weights, *torch.autograd.grad(expected.sum(), exact)]
     for own, other in zip(found, wanted, strict=True):
         assert (own.double() - other).norm() < tolerance * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_in_16_bits_have_their_softmax_in_fp32(monkeypatch, dtype):
+    """4,096 weights of 1 / 4,096: a sum in bf16 ends at 256."""
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda *_: True)
+    query, key = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.randn(1, 1, 4096, 8).to(dtype)
+    value, mask = torch.ones(1, 1, 4096, 4, dtype=dtype), torch.ones(1, 1, 1, 4096, dtype=torch.bool)
+    output = blocked_causal_attention(query, key, value, 1.0, mask)
+    torch.testing.assert_close(output, torch.ones(1, 1, 1, 4, dtype=dtype), rtol=4e-3, atol=0)
