@@ -20,7 +20,7 @@ from transformers.integrations.moe import (
 from .balance import Routing
 from .dtypes import cast, has_fast_gemm
 from .layers import DeepseekMLP
-from .router import DeepseekTopkRouter
+from .router import DeepseekTopkRouter, sorted_by_expert
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
 FEW_TOKENS, MANY_TOKENS = 1, 512
@@ -117,11 +117,8 @@ def sorted_experts_forward(
     The weights are unbound once: indexing a 3-D parameter per expert makes the backward pass many times slower. An index
     of `num_experts` (a token that expert parallelism serves elsewhere) adds nothing.
     """
-    top_k = top_k_index.shape[-1]
-    chosen, order = top_k_index.flatten().sort(stable=True)
-    tokens = order // top_k
-    gates = top_k_weights.flatten()[order].unsqueeze(-1)
-    counts = torch.bincount(chosen, minlength=experts.num_experts + 1)[: experts.num_experts].tolist()
+    tokens, places, counts = sorted_by_expert(top_k_index, experts.num_experts)
+    gates = top_k_weights.flatten()[places].unsqueeze(-1)
     states = cast(hidden_states, compute)
     output = torch.zeros_like(states)
     start = 0

@@ -21,6 +21,7 @@ from .ops import (
     multiplies_fp8,
     multiplies_in_c,
 )
+from .router import sorted_by_expert
 from .scratch import scratch
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
@@ -343,16 +344,13 @@ class FP8Experts(_KeepsFP8, nn.Module):
         few = 0 < top_k_index.numel() <= C_MAX_TOKENS_IN_PAIRS * self.num_experts
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not few:
             return None
-        experts, order = top_k_index.flatten().sort(stable=True)
-        chosen, counts = (each.tolist() for each in experts.unique_consecutive(return_counts=True))
-        if chosen[-1] == self.num_experts:  # served elsewhere
-            chosen, counts = chosen[:-1], counts[:-1]
-        weights, most = (self.gate_up_proj, self.down_proj), max(counts, default=0)
+        tokens, places, counts = sorted_by_expert(top_k_index, self.num_experts)
+        weights, most = (self.gate_up_proj, self.down_proj), max(counts)
         if not all(multiplies_in_c(weight, most, hidden_states.dtype) for weight in weights):
             return None
-        starts = [0, *itertools.accumulate(counts)]
-        order = order[: starts[-1]]
-        tokens, groups = order // top_k_index.shape[-1], (chosen, starts, self.block_size)
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        starts = [0, *itertools.accumulate(filter(None, counts))]
+        tokens, places, groups = tokens[: starts[-1]], places[: starts[-1]], (chosen, starts, self.block_size)
         scales = self.gate_up_proj_scale_inv.flatten(1, 2)  # blocks of gate and up lie behind each other
         gate_up = dequantizing_products(hidden_states[tokens], self.gate_up_proj, scales, *groups)
         if gate_up is None:
@@ -361,7 +359,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
         found = dequantizing_products(self.act_fn(gate) * up, self.down_proj, self.down_proj_scale_inv, *groups)
         if found is None:
             return None
-        found = found * top_k_weights.flatten()[order].unsqueeze(-1)
+        found = found * top_k_weights.flatten()[places].unsqueeze(-1)
         return torch.zeros_like(hidden_states).index_add_(0, tokens, found.to(hidden_states.dtype))
 
     def forward(
@@ -377,10 +375,8 @@ class FP8Experts(_KeepsFP8, nn.Module):
         if together is not None:
             return together
         output = torch.zeros_like(hidden_states)
-        experts, order = top_k_index.flatten().sort(stable=True)
-        tokens, gates = order // top_k_index.shape[-1], top_k_weights.flatten()[order].unsqueeze(-1)
-        # one question to the device; an index of num_experts is served elsewhere
-        counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
+        tokens, places, counts = sorted_by_expert(top_k_index, self.num_experts)
+        gates = top_k_weights.flatten()[places].unsqueeze(-1)
         ends = list(itertools.accumulate(counts))
         for expert, (count, end) in enumerate(zip(counts, ends, strict=True)):
             if not count and (expert or ends[-1]):  # without any tokens the first runs: adapters get their gradients
