@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
+from .dispatch import Product, experts_at_once, sorted_by_expert
 from .dtypes import has_fast_gemm
 from .ops import (
     C_MAX_TOKENS_IN_PAIRS,
@@ -19,9 +20,7 @@ from .ops import (
     dequantizing_product,
     dequantizing_products,
     multiplies_fp8,
-    multiplies_in_c,
 )
-from .router import sorted_by_expert
 from .scratch import scratch
 
 SCALE_SUFFIX = "_scale_inv"  # a multiplier, whatever the name says: W = W_fp8 * scale
@@ -344,23 +343,19 @@ class FP8Experts(_KeepsFP8, nn.Module):
         few = 0 < top_k_index.numel() <= C_MAX_TOKENS_IN_PAIRS * self.num_experts
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not few:
             return None
-        tokens, places, counts = sorted_by_expert(top_k_index, self.num_experts)
-        weights, most = (self.gate_up_proj, self.down_proj), max(counts)
-        if not all(multiplies_in_c(weight, most, hidden_states.dtype) for weight in weights):
-            return None
-        chosen = [expert for expert, count in enumerate(counts) if count]
-        starts = [0, *itertools.accumulate(filter(None, counts))]
-        tokens, places, groups = tokens[: starts[-1]], places[: starts[-1]], (chosen, starts, self.block_size)
-        scales = self.gate_up_proj_scale_inv.flatten(1, 2)  # blocks of gate and up lie behind each other
-        gate_up = dequantizing_products(hidden_states[tokens], self.gate_up_proj, scales, *groups)
-        if gate_up is None:
-            return None
+
+        def product(weights: torch.Tensor, scales: torch.Tensor) -> Product:
+            return lambda x, chosen, starts: dequantizing_products(x, weights, scales, chosen, starts, self.block_size)
+
+        up = product(
+            self.gate_up_proj, self.gate_up_proj_scale_inv.flatten(1, 2)
+        )  # blocks of gate and up lie behind each other
+        down = product(self.down_proj, self.down_proj_scale_inv)
+        return experts_at_once(hidden_states, top_k_index, top_k_weights, self.num_experts, up, self._apply_gate, down)
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        found = dequantizing_products(self.act_fn(gate) * up, self.down_proj, self.down_proj_scale_inv, *groups)
-        if found is None:
-            return None
-        found = found * top_k_weights.flatten()[places].unsqueeze(-1)
-        return torch.zeros_like(hidden_states).index_add_(0, tokens, found.to(hidden_states.dtype))
+        return self.act_fn(gate) * up
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -390,8 +385,7 @@ class FP8Experts(_KeepsFP8, nn.Module):
             else:  # their blocks lie behind each other as if they were those of one weight
                 scale = self.gate_up_proj_scale_inv[expert].flatten(0, 1)
                 gate_up = fp8_linear(x, self.gate_up_proj[expert], scale, self.block_size, self.ue8m0)
-            gate, up = self._with_adapters(gate_up, "gate_up_proj", x, expert).chunk(2, dim=-1)
-            hidden = self.act_fn(gate) * up
+            hidden = self._apply_gate(self._with_adapters(gate_up, "gate_up_proj", x, expert))
             found = self._with_adapters(fp8_linear(hidden, *product["down_proj"]), "down_proj", hidden, expert)
             output.index_add_(0, rows, (found * gates[here]).to(output.dtype))
         return output

@@ -57,18 +57,6 @@ def gate_values(
     return gates if scaling == 1.0 else gates * scaling
 
 
-def sorted_by_expert(chosen: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Of the pairs of token and expert in `chosen` `[N, K]`, those of one expert behind each other, in the order of the tokens.
-
-    Returns:
-        The token and the place in `chosen.flatten()` of every pair, both `[N * K]`, and how many each of the `num_experts` has,
-        for which the device is asked once. Behind them lie those with the index `num_experts`, which are served elsewhere.
-    """
-    experts, places = chosen.flatten().sort(stable=True)
-    counts = torch.bincount(experts, minlength=num_experts + 1)[:num_experts].tolist()
-    return places // chosen.shape[-1], places, counts
-
-
 class DeepseekTopkRouter(nn.Module):
     """Router logits, gates and expert choice of `hidden_states` `[..., hidden_size]`; all in fp32 whatever the model's dtype.
 

@@ -2,6 +2,7 @@
 
 import functools
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,31 @@ def test_products_with_several_weights_are_those_with_each(kernels, counts):
         torch.testing.assert_close(products[own], expected, rtol=0, atol=0)
     assert ops.dequantizing_products(x, weights, scales, [7] * len(counts), starts, (128, 128)) is None
     assert ops.dequantizing_products(x[:, 1:], weights, scales, chosen, starts, (128, 128)) is None
+
+
+@pytest.mark.parametrize("weights_in,x_in", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 31), (5, 64), (4, 97), (2, 300)])
+def test_plain_weights_meet_their_tokens(kernels, weights_in, x_in, rows, columns):
+    torch.manual_seed(0)
+    weights = torch.randn(6, rows, columns + 3).to(getattr(torch, weights_in))[
+        :, :, 1 : columns + 1
+    ]  # rows that lie apart
+    counts = [0, 1, 2, 3, 4, 9]
+    starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    x = torch.randn(starts[-1], columns).to(getattr(torch, x_in))
+    found, chosen = cpu_kernels.products(x, weights, [4, 2, 0, 5, 1, 1], starts), [4, 2, 0, 5, 1, 1]
+    for expert, start, end in zip(chosen, starts[:-1], starts[1:], strict=True):
+        expected = x[start:end].double() @ weights[expert].double().T
+        torch.testing.assert_close(found[start:end].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_as_many_threads_as_pytorch_has(monkeypatch):
+    asked = []
+    library = SimpleNamespace(products=lambda *args: asked.append(args[-1]), takes_pairs=lambda: 0)
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: library)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    cpu_kernels.products(torch.randn(1, 4), torch.randn(2, 3, 4), [1], [0, 1])
+    assert asked == [7]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "modeling_deepseek"
 LAYERS = {
     "configuration_deepseek": 0,
     "layers": 0,
+    "dispatch": 0,
     "dtypes": 0,
     "loss": 0,
     "rope": 0,

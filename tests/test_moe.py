@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
-from modeling_deepseek import DeepseekV3Config, moe
+from modeling_deepseek import DeepseekV3Config, cpu_kernels, moe, ops
 from modeling_deepseek.moe import (
     DeepseekExperts,
     DeepseekMoE,
@@ -348,3 +348,84 @@ def test_a_model_in_fp64_learns():
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids).logits
         torch.testing.assert_close(compiled, model(ids).logits, rtol=1e-4, atol=1e-6)  # the router is in fp32
+
+
+def in_c(experts: DeepseekExperts, *inputs: torch.Tensor) -> torch.Tensor | None:
+    with torch.no_grad():
+        return moe.experts_in_c(experts, *inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 33])
+def test_experts_in_c_equal_a_loop_over_tokens(monkeypatch, tokens):
+    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    experts, x = built(DeepseekExperts, "v3", moe_intermediate_size=37), torch.randn(tokens, 48)
+    chosen, gates = routing(tokens, experts=EXPERTS + 1)  # one is served elsewhere
+    expected = loop_over_tokens(experts, x, chosen, gates)
+    torch.testing.assert_close(in_c(experts, x, chosen, gates), expected, rtol=1e-5, atol=1e-5)
+    narrow = in_c(experts.bfloat16(), x.bfloat16(), chosen, gates)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), expected, rtol=3e-2, atol=3e-2 * expected.abs().max().item())
+
+
+def test_experts_of_the_released_size_meet_few_tokens_in_c(monkeypatch):
+    """V2-Lite's 2048 x 1408, four of them: up to 12 tokens per expert, 32 for one."""
+    monkeypatch.setattr(ops, "kernels_fast", cpu_kernels.kernels_available)  # on any processor
+    size = dict(n_routed_experts=4, n_group=1, topk_group=1, hidden_size=2048, moe_intermediate_size=1408)
+    experts = built(DeepseekExperts, "v2", "auto", **size)
+    asked = []
+    original = moe.experts_in_c
+    monkeypatch.setattr(moe, "experts_in_c", lambda *args: asked.append(original(*args)) or asked[-1])
+    for tokens, same, taken in (
+        (1, False, True),
+        (24, False, True),
+        (25, False, False),
+        (32, True, True),
+        (33, True, False),
+    ):
+        x, gates = torch.randn(tokens, 2048) / 40, torch.rand(tokens, 1 if same else 2)
+        chosen = torch.full((tokens, 1), 3) if same else routing(tokens, 2, 4)[0]
+        with torch.no_grad():
+            output = experts(x, chosen, gates)
+            expected = moe.sorted_experts_forward(experts, x, chosen, gates, torch.float32)
+        assert (asked.pop() is not None) == taken, tokens
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_meet_in_c_only_what_c_knows(monkeypatch):
+    experts, x = built(DeepseekExperts, "v3"), torch.randn(2, 48)
+    chosen, gates = routing(2)
+    assert in_c(experts, x, chosen, gates) is None  # small
+    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    assert in_c(experts, x, chosen, gates) is not None
+    assert moe.experts_in_c(experts, x, chosen, gates) is None  # gradients
+    assert in_c(experts, x.bfloat16(), chosen, gates) is None
+    assert in_c(experts, x[:0], chosen[:0], gates[:0]) is None
+    assert in_c(built(DeepseekExperts, "v3").half(), x.half(), chosen, gates) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_c(experts, x, chosen, gates) is None
+    with torch.device("meta"):
+        assert in_c(DeepseekExperts(tiny_config("v3")), x.to("meta"), chosen, gates) is None
+    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "torch")
+    assert in_c(experts, x, chosen, gates) is None
+    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "fast")
+    with pytest.raises(ValueError, match="'auto', 'c' or 'torch', got 'fast'"):
+        in_c(experts, x, chosen, gates)
+    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    monkeypatch.setattr(ops, "kernels_available", lambda: False)
+    with pytest.raises(ValueError, match="C compiler"):
+        in_c(experts, x, chosen, gates)
+
+
+def test_a_model_that_generates_meets_its_experts_in_c(monkeypatch):
+    model = tiny_model("v2").eval()
+    ids = tiny_tokens(model.config, 2, 7)
+    model.config._experts_implementation = "auto"
+    monkeypatch.setattr(moe, "SMALL_WEIGHTS", 0)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    asked = []
+    original = moe.expert_products
+    monkeypatch.setattr(moe, "expert_products", lambda *args: asked.append(1) or original(*args))
+    found = model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert asked and torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)

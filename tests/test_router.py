@@ -13,7 +13,6 @@ from modeling_deepseek.router import (
     gate_values,
     group_limited,
     router_scores,
-    sorted_by_expert,
 )
 from tiny import randomize, tiny_config
 
@@ -252,9 +251,3 @@ def test_it_never_waits_for_a_gpu(family):
         router = DeepseekTopkRouter(config)
         _, gates, chosen = router(torch.empty(2, 5, config.hidden_size))
     assert gates.shape == chosen.shape == (10, config.num_experts_per_tok)
-
-
-def test_tokens_are_sorted_by_expert():
-    tokens, places, counts = sorted_by_expert(torch.tensor([[3, 0], [4, 3], [0, 4]]), 4)
-    assert (tokens.tolist(), places.tolist()) == ([0, 2, 0, 1, 1, 2], [1, 4, 0, 3, 2, 5])
-    assert counts == [2, 0, 0, 2]  # 4: served elsewhere

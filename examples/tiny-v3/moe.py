@@ -18,9 +18,11 @@ from transformers.integrations.moe import (
 )
 
 from .balance import Routing
+from .dispatch import experts_at_once, sorted_by_expert
 from .dtypes import cast, has_fast_gemm
 from .layers import DeepseekMLP
-from .router import DeepseekTopkRouter, sorted_by_expert
+from .ops import expert_products, experts_meet_in_c
+from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
 FEW_TOKENS, MANY_TOKENS = 1, 512
@@ -65,6 +67,9 @@ def auto_experts_forward(
     weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
     if weights <= SMALL_WEIGHTS and not getattr(experts, "_is_expert_parallel", True):  # transformers 5.17 does not say
         return gathered_experts_forward(experts, *arguments)
+    found = experts_in_c(experts, *arguments)
+    if found is not None:
+        return found
     slow = hidden_states.dtype == experts.gate_up_proj.dtype and not has_fast_gemm("cpu", hidden_states.dtype)
     if slow and not torch.compiler.is_compiling() and top_k_index.numel() >= TOKENS_TO_CONVERT * experts.num_experts:
         return sorted_experts_forward(experts, *arguments, torch.float32)
@@ -84,6 +89,18 @@ def gathered_experts_forward(
     output = torch.bmm(experts.down_proj.index_select(0, chosen), hidden.unsqueeze(-1))
     output = cast(output.view(tokens, top_k, hidden_dim), top_k_weights.dtype)
     return cast(torch.bmm(top_k_weights.unsqueeze(1), output).squeeze(1), hidden_states.dtype)
+
+
+def experts_in_c(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor | None:
+    """Two products over the chosen weights where they lie, in C; `None` where they cannot be, or would take longer."""
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if not experts_meet_in_c(hidden_states, (gate_up, down), top_k_index.numel()):
+        return None
+    up, down = (partial(expert_products, weights) for weights in (gate_up, down))
+    arguments = (hidden_states, top_k_index, top_k_weights, experts.num_experts)
+    return experts_at_once(*arguments, up, experts._apply_gate, down)
 
 
 def few_tokens_experts_forward(

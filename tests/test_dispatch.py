@@ -1,0 +1,34 @@
+"""Tokens in the order of their experts."""
+
+import torch
+
+from modeling_deepseek.dispatch import experts_at_once, sorted_by_expert
+
+
+def test_tokens_are_sorted_by_expert():
+    tokens, places, counts = sorted_by_expert(torch.tensor([[3, 0], [4, 3], [0, 4]]), 4)
+    assert (tokens.tolist(), places.tolist()) == ([0, 2, 0, 1, 1, 2], [1, 4, 0, 3, 2, 5])
+    assert counts == [2, 0, 0, 2]  # 4: served elsewhere
+
+
+def test_all_experts_at_once_are_one_after_another():
+    torch.manual_seed(0)
+    states, up, down = torch.randn(5, 6), torch.randn(4, 8, 6), torch.randn(4, 6, 8)
+    chosen, gates = torch.tensor([[0, 2], [2, 4], [4, 4], [3, 2], [0, 3]]), torch.rand(5, 2)
+
+    def product(weights):
+        def meet(x, experts, starts):
+            assert len(starts) == len(experts) + 1 and starts[-1] == len(x)
+            return torch.cat([x[starts[i] : starts[i + 1]] @ weights[expert].T for i, expert in enumerate(experts)])
+
+        return meet
+
+    output = experts_at_once(states, chosen, gates, 4, product(up), torch.tanh, product(down))
+    expected = torch.zeros(5, 6)
+    for token in range(5):
+        for expert, gate in zip(chosen[token].tolist(), gates[token], strict=True):
+            if expert < 4:
+                expected[token] += gate * (down[expert] @ torch.tanh(up[expert] @ states[token]))
+    torch.testing.assert_close(output, expected)
+    assert experts_at_once(states, chosen, gates, 4, lambda *_: None, torch.tanh, product(down)) is None
+    assert experts_at_once(states, chosen, gates, 4, product(up), torch.tanh, lambda *_: None) is None
