@@ -43,3 +43,8 @@ def is_transformed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def runs_as_it_is() -> bool:
+    """Whether operations on a CPU are run now as they are written: not compiled, cast or transformed."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed())

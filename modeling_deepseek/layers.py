@@ -1,10 +1,13 @@
-"""The leaves that every block uses: RMSNorm and the SwiGLU MLP."""
+"""The leaves that every block uses: RMSNorm, linear layers as a step of generation meets them, and the SwiGLU MLP."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 from transformers.integrations import use_kernel_forward_from_hub
+
+from .products import large_enough, plain_product
 
 _numbers: dict[
     float, torch.Tensor
@@ -44,6 +47,34 @@ class DeepseekRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`module(x)`. What is nothing but a large `nn.Linear` without bias meets few tokens on a CPU in C."""
+    if type(module) is nn.Linear and x.is_cpu and large_enough(module.in_features * module.out_features):
+        output = plain_product(x, module.weight) if is_bare(module) and module.bias is None else None
+        if output is not None:
+            return output
+    return module(x)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a call of `module` is that of its class's `forward` on its weights: no hook, wrapper or offloading."""
+    if "forward" in vars(module) and not _is_only_placed(module):
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (hooks or _has_any_global_hook())
+
+
+def _is_only_placed(module: nn.Module) -> bool:
+    """Whether all that wraps it is accelerate's hook of a `device_map`, which moves inputs to where the weight lies."""
+    held = vars(module)
+    hook, wrapped, wrapper = held.get("_hf_hook"), held.get("_old_forward"), getattr(held["forward"], "func", None)
+    if type(hook).__name__ != "AlignDevicesHook" or getattr(wrapper, "__module__", None) != "accelerate.hooks":
+        return False
+    more = hook.offload or hook.no_grad or hook.io_same_device or {"pre_forward", "post_forward"} & vars(hook).keys()
+    own = getattr(wrapped, "__self__", None) is module and wrapped.__func__ is type(module).forward
+    return own and not more
+
+
 class DeepseekMLP(nn.Module):
     """`down(act(gate(x)) * up(x))`: `[..., hidden_size] -> [..., hidden_size]`."""
 
@@ -55,4 +86,5 @@ class DeepseekMLP(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        hidden = self.act_fn(linear(self.gate_proj, hidden_states)) * linear(self.up_proj, hidden_states)
+        return linear(self.down_proj, hidden)

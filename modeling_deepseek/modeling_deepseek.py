@@ -28,7 +28,7 @@ from .balance import Routing
 from .cache import LatentCache
 from .configuration_deepseek import DeepseekConfig
 from .decoder import DeepseekDecoderLayer
-from .layers import DeepseekRMSNorm
+from .layers import DeepseekRMSNorm, linear
 from .masking import packed_causal_mask
 from .mtp import DeepseekMTPLayer
 from .objective import TrainingObjectiveMixin
@@ -265,7 +265,7 @@ class DeepseekForCausalLM(TrainingObjectiveMixin, DeepseekPreTrainedModel, Conti
         hidden_states = outputs.last_hidden_state
         kept = kept_states(hidden_states, logits_to_keep)
         in_pieces = self.training and labels is not None and not self.config.training_logits
-        logits = None if in_pieces else self.lm_head(kept)
+        logits = None if in_pieces else linear(self.lm_head, kept)
 
         loss = lm_loss = mtp_loss = mtp_logits = aux_loss = None
         if labels is not None:
@@ -274,7 +274,7 @@ class DeepseekForCausalLM(TrainingObjectiveMixin, DeepseekPreTrainedModel, Conti
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             depths = self.model.mtp_hidden_states(hidden_states, embeds, attention_mask, position_ids, routing=routing)
             if output_mtp_logits:
-                mtp_logits = tuple(map(self.lm_head, depths))
+                mtp_logits = tuple(linear(self.lm_head, states) for states in depths)
             if labels is not None:
                 mtp_loss = self._mtp_loss(depths, mtp_logits, labels, attention_mask, position_ids, **kwargs)
             if weight:

@@ -21,7 +21,7 @@ from .balance import Routing
 from .dispatch import experts_at_once, sorted_by_expert
 from .dtypes import cast, has_fast_gemm
 from .layers import DeepseekMLP
-from .ops import expert_products, experts_meet_in_c
+from .products import expert_products, experts_meet_in_c
 from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
@@ -96,7 +96,7 @@ def experts_in_c(
 ) -> torch.Tensor | None:
     """Two products over the chosen weights where they lie, in C; `None` where they cannot be, or would take longer."""
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    if not experts_meet_in_c(hidden_states, (gate_up, down), top_k_index.numel()):
+    if not experts_meet_in_c(hidden_states, gate_up, down, top_k_index.numel()):
         return None
     up, down = (partial(expert_products, weights) for weights in (gate_up, down))
     arguments = (hidden_states, top_k_index, top_k_weights, experts.num_experts)

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from .checkpoint import SHARED_MTP_WEIGHTS
 from .decoder import DeepseekDecoderLayer
-from .layers import DeepseekRMSNorm
+from .layers import DeepseekRMSNorm, linear
 from .recompute import recomputed
 
 
@@ -45,7 +45,7 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
     def forward(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor, **kwargs) -> torch.Tensor:
         """`hidden_states` and the embeddings of the tokens after them, both `[B, S, d]` -> input of the output head `[B, S, d]`."""
         with recomputed(self.recompute if self.training else None, self.pair, hidden_states, inputs_embeds) as pair:
-            merged = self.eh_proj(pair)
+            merged = linear(self.eh_proj, pair)
         return self.shared_head(super().forward(merged, **kwargs))
 
     def pair(self, hidden_states: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,13 @@ from .cpu_kernels import (
     fp8_dequantize,
     fp8_product,
     kernels_available,
-    kernels_fast,
     kernels_loaded,
     multiplies_pairs,
     products,
 )
 from .cpu_mla import decode_available, decodes, vector_lanes
 from .cpu_mla import mla_decode as cpu_mla_decode
-from .dtypes import cast, has_fast_gemm, has_numbers, is_transformed
+from .dtypes import cast, has_fast_gemm, has_numbers, runs_as_it_is
 from .hub_kernels import DECODES, present
 from .plain_attention import (
     GPU_SCORES,
@@ -41,10 +40,6 @@ FP8_PRODUCT = "auto"  # or "kernel", "c", "dequantize": how a block-FP8 weight i
 C_MIN_WEIGHTS = 2**20
 C_MAX_TOKENS = 8  # measured: up to 8 tokens the C product is faster than a matrix product of dequantised pieces;
 C_MAX_TOKENS_IN_PAIRS = 24  # and up to 24 in bf16 where the processor multiplies it
-# How few tokens meet experts on a CPU, for you to set: "auto", "c" or "torch".
-EXPERT_PRODUCTS = "auto"
-# measured: up to 12 tokens per expert, on average, the C product is faster than PyTorch's grouped one, if no expert has many
-EXPERT_TOKENS, EXPERT_MAX_TOKENS = 12, 32
 # How new tokens meet a cache, for you to set: "auto", "c" (on CPUs), "kernel", "fa3", "flashinfer", "flashmla" or "torch".
 MLA_DECODE = "auto"
 MLA_DECODE_TRIED = 2, 4000  # rows and tokens of the cache that kernels are tried with
@@ -170,11 +165,6 @@ def decodes_in_c(tensors: tuple[torch.Tensor | QuantizedStates, ...], mask: torc
             "MLA_DECODE = 'c' wants an x86 CPU with AVX2 and a C compiler with OpenMP: leave it at 'auto'."
         )
     return decodes(*tensors, mask) and decode_available()
-
-
-def runs_as_it_is() -> bool:
-    """Whether operations on a CPU are run now as they are written: not compiled, cast or transformed."""
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed())
 
 
 def cpu_absorbed_rate(dtype: torch.dtype, weights: int, keys: int, width: int, keeps_weights: bool) -> float:
@@ -398,46 +388,6 @@ def dequantizing_products(
     if not set(chosen) <= set(range(len(weights))):
         return None
     return products(x.contiguous(), weights, chosen, starts, scales.float().contiguous(), block_size).to(x.dtype)
-
-
-def experts_meet_in_c(hidden_states: torch.Tensor, weights: tuple[torch.Tensor, ...], pairs: int) -> bool:
-    """Whether so many pairs of token and expert meet these weights `[E, m, n]` in C: on x86 CPUs with AVX2, for no gradients.
-
-    That is for large weights in fp32 or bf16 like the `hidden_states`, and few tokens per expert.
-
-    Raises:
-        ValueError: for another `EXPERT_PRODUCTS`, and for "c" where there is no compiler.
-    """
-    if EXPERT_PRODUCTS not in ("auto", "c", "torch"):
-        raise ValueError(f"EXPERT_PRODUCTS is 'auto', 'c' or 'torch', got {EXPERT_PRODUCTS!r}.")
-    dtype = hidden_states.dtype
-    if EXPERT_PRODUCTS == "torch" or not pairs or dtype not in (torch.float32, torch.bfloat16) or not runs_as_it_is():
-        return False
-    if torch.is_grad_enabled() and any(each.requires_grad for each in (hidden_states, *weights)):
-        return False
-    if any(each.dtype != dtype or not each.is_cpu or not has_numbers(each) for each in (hidden_states, *weights)):
-        return False
-    if any(each.stride(-1) != 1 for each in weights):
-        return False
-    if EXPERT_PRODUCTS == "c":
-        if not kernels_available():
-            raise ValueError("EXPERT_PRODUCTS = 'c' wants a C compiler: install one, or leave it at 'auto'.")
-        return True
-    few = pairs <= EXPERT_TOKENS * len(weights[0])
-    return few and weights[0][0].numel() >= C_MIN_WEIGHTS and kernels_fast()
-
-
-def expert_products(
-    weights: torch.Tensor, x: torch.Tensor, chosen: list[int], starts: list[int]
-) -> torch.Tensor | None:
-    """Rows `starts[i]` to `starts[i + 1]` of `x` `[N, n]` times `weights[chosen[i]]` `[m, n]` -> `[N, m]` like `x`.
-
-    For what [`experts_meet_in_c`] says yes to; `None` where one expert meets many tokens. Sums are in fp32.
-    """
-    most = max((end - start for start, end in itertools.pairwise(starts)), default=0)
-    if (EXPERT_PRODUCTS == "auto" and most > EXPERT_MAX_TOKENS) or x.shape[-1] != weights.shape[2]:
-        return None
-    return products(x.contiguous(), weights, chosen, starts).to(x.dtype)
 
 
 def dequantize_in_c(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], out: torch.Tensor) -> bool:

@@ -19,7 +19,6 @@ PACKAGE = ROOT / "modeling_deepseek"
 # A shipped file imports only from lower layers.
 LAYERS = {
     "configuration_deepseek": 0,
-    "layers": 0,
     "dispatch": 0,
     "dtypes": 0,
     "loss": 0,
@@ -39,6 +38,8 @@ LAYERS = {
     "cpu_kernels": 1,
     "mla_source": 0,
     "cpu_mla": 2,
+    "products": 2,
+    "layers": 3,
     "triton_mla": 1,
     "hub_kernels": 0,
     "trials": 0,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as NativeV3
 
-from modeling_deepseek import DeepseekV3Config, cpu_kernels, moe, ops
+from modeling_deepseek import DeepseekV3Config, cpu_kernels, moe, products
 from modeling_deepseek.moe import (
     DeepseekExperts,
     DeepseekMoE,
@@ -357,7 +357,7 @@ def in_c(experts: DeepseekExperts, *inputs: torch.Tensor) -> torch.Tensor | None
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 33])
 def test_experts_in_c_equal_a_loop_over_tokens(monkeypatch, tokens):
-    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    monkeypatch.setattr(products, "PLAIN_PRODUCT", "c")
     experts, x = built(DeepseekExperts, "v3", moe_intermediate_size=37), torch.randn(tokens, 48)
     chosen, gates = routing(tokens, experts=EXPERTS + 1)  # one is served elsewhere
     expected = loop_over_tokens(experts, x, chosen, gates)
@@ -369,7 +369,7 @@ def test_experts_in_c_equal_a_loop_over_tokens(monkeypatch, tokens):
 
 def test_experts_of_the_released_size_meet_few_tokens_in_c(monkeypatch):
     """V2-Lite's 2048 x 1408, four of them: up to 12 tokens per expert, 32 for one."""
-    monkeypatch.setattr(ops, "kernels_fast", cpu_kernels.kernels_available)  # on any processor
+    monkeypatch.setattr(products, "kernels_fast", cpu_kernels.kernels_available)  # on any processor
     size = dict(n_routed_experts=4, n_group=1, topk_group=1, hidden_size=2048, moe_intermediate_size=1408)
     experts = built(DeepseekExperts, "v2", "auto", **size)
     asked = []
@@ -395,7 +395,7 @@ def test_experts_meet_in_c_only_what_c_knows(monkeypatch):
     experts, x = built(DeepseekExperts, "v3"), torch.randn(2, 48)
     chosen, gates = routing(2)
     assert in_c(experts, x, chosen, gates) is None  # small
-    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    monkeypatch.setattr(products, "PLAIN_PRODUCT", "c")
     assert in_c(experts, x, chosen, gates) is not None
     assert moe.experts_in_c(experts, x, chosen, gates) is None  # gradients
     assert in_c(experts, x.bfloat16(), chosen, gates) is None
@@ -405,13 +405,13 @@ def test_experts_meet_in_c_only_what_c_knows(monkeypatch):
         assert in_c(experts, x, chosen, gates) is None
     with torch.device("meta"):
         assert in_c(DeepseekExperts(tiny_config("v3")), x.to("meta"), chosen, gates) is None
-    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "torch")
+    monkeypatch.setattr(products, "PLAIN_PRODUCT", "torch")
     assert in_c(experts, x, chosen, gates) is None
-    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "fast")
+    monkeypatch.setattr(products, "PLAIN_PRODUCT", "fast")
     with pytest.raises(ValueError, match="'auto', 'c' or 'torch', got 'fast'"):
         in_c(experts, x, chosen, gates)
-    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
-    monkeypatch.setattr(ops, "kernels_available", lambda: False)
+    monkeypatch.setattr(products, "PLAIN_PRODUCT", "c")
+    monkeypatch.setattr(products, "kernels_available", lambda: False)
     with pytest.raises(ValueError, match="C compiler"):
         in_c(experts, x, chosen, gates)
 
@@ -422,7 +422,7 @@ def test_a_model_that_generates_meets_its_experts_in_c(monkeypatch):
     model.config._experts_implementation = "auto"
     monkeypatch.setattr(moe, "SMALL_WEIGHTS", 0)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    monkeypatch.setattr(ops, "EXPERT_PRODUCTS", "c")
+    monkeypatch.setattr(products, "PLAIN_PRODUCT", "c")
     asked = []
     original = moe.expert_products
     monkeypatch.setattr(moe, "expert_products", lambda *args: asked.append(1) or original(*args))

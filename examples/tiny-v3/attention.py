@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dtypes import cast, has_fast_gemm
 from .fp8 import FP8Linear
-from .layers import DeepseekRMSNorm
+from .layers import DeepseekRMSNorm, is_bare, linear
 from .masking import dense_mask
 from .ops import attend_latents, attend_quantized_latents, cpu_absorbed_rate, gpu_wants_padded_values
 from .plain_attention import blocked_causal_attention
@@ -101,7 +101,7 @@ class DeepseekMultiHeadAttention(DeepseekAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            linear(projection, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = for_all_heads(position_embeddings)
@@ -109,7 +109,7 @@ class DeepseekMultiHeadAttention(DeepseekAttention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output), weights
+        return linear(self.o_proj, output), weights
 
 
 class DeepseekLatentAttention(DeepseekAttention):
@@ -148,13 +148,13 @@ class DeepseekLatentAttention(DeepseekAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         by = self.recompute if self.training else None
         cos, sin = for_all_heads(position_embeddings)
-        q_latent = (self.q_proj if self.q_lora_rank is None else self.q_a_proj)(hidden_states)
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        q_latent = linear(self.q_proj if self.q_lora_rank is None else self.q_a_proj, hidden_states)
+        compressed = linear(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split_with_sizes((self.kv_lora_rank, self.qk_rope_head_dim), dim=-1)
         latent = self.kv_a_layernorm(latent) if by is None else by(self.kv_a_layernorm, latent)
         k_rope = self.rotate(k_rope, cos, sin)
         if paged is not None:  # continuous batching
-            return self.o_proj(paged.attend(self, q_latent, latent, k_rope, cos, sin)), None
+            return linear(self.o_proj, paged.attend(self, q_latent, latent, k_rope, cos, sin)), None
         if past_key_values is not None:
             as_held = {"dequantize": False} if getattr(past_key_values, "quantized", False) else {}
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx, **as_held)
@@ -163,17 +163,19 @@ class DeepseekLatentAttention(DeepseekAttention):
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
             if self.blocks_queries(hidden_states, attention_mask, **kwargs):
-                return self.o_proj(self.attend_in_blocks(q_latent, latent, k_rope, cos, sin, attention_mask)), None
+                return linear(
+                    self.o_proj, self.attend_in_blocks(q_latent, latent, k_rope, cos, sin, attention_mask)
+                ), None
             inputs = (q_latent, latent, k_rope, cos, sin, attention_mask is not None)
             with recomputed(by, self.expand_all, *inputs) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output), weights
+        return linear(self.o_proj, output), weights
 
     def queries(
         self, q_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `q_a_proj` (where there is none: `q_proj`) gave -> q_nope `[B, H, S, n]`, q_rope `[B, H, S, r]`."""
-        query = q_latent if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
+        query = q_latent if self.q_lora_rank is None else linear(self.q_b_proj, self.q_a_layernorm(q_latent))
         query = query.view(*query.shape[:-1], -1, self.qk_head_dim).transpose(1, 2)
         q_nope, q_rope = query.split_with_sizes((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
         return q_nope, self.rotate(q_rope, cos, sin)
@@ -331,24 +333,10 @@ def for_all_heads(tables: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tens
     return (cos, sin) if cos.ndim == 4 else (cos.unsqueeze(1), sin.unsqueeze(1))
 
 
-def plain_weight(linear: nn.Module) -> nn.Parameter | None:
+def plain_weight(module: nn.Module) -> nn.Parameter | None:
     """The weight of a linear layer that is nothing but it (and its scales): no adapter, sharding, offloading or hook."""
-    wrapped = type(linear) not in (nn.Linear, FP8Linear) or ("forward" in vars(linear) and not _is_only_placed(linear))
-    if wrapped or linear._forward_hooks or linear._forward_pre_hooks:
+    if type(module) not in (nn.Linear, FP8Linear) or not is_bare(module):
         return None
-    if linear._backward_hooks or linear._backward_pre_hooks:
-        return None
-    weight = linear.weight
+    weight = module.weight
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
     return weight if plain else None
-
-
-def _is_only_placed(linear: nn.Module) -> bool:
-    """Whether all that wraps it is accelerate's hook of a `device_map`, which moves inputs to where the weight lies."""
-    held = vars(linear)
-    hook, wrapped, wrapper = held.get("_hf_hook"), held.get("_old_forward"), getattr(held["forward"], "func", None)
-    if type(hook).__name__ != "AlignDevicesHook" or getattr(wrapper, "__module__", None) != "accelerate.hooks":
-        return False
-    more = hook.offload or hook.no_grad or hook.io_same_device or {"pre_forward", "post_forward"} & vars(hook).keys()
-    own = getattr(wrapped, "__self__", None) is linear and wrapped.__func__ is type(linear).forward
-    return own and not more
