@@ -1,4 +1,4 @@
-"""Products of few tokens with block-FP8 weights, and with the chosen ones of many weights, on a CPU, in C; for `ops` alone.
+"""Products of few tokens with block-FP8 weights, and with the chosen ones of many weights, on a CPU, in C.
 
 PyTorch has no product with FP8: its operations pass over a weight some six times where one pass will do. Its products with one
 expert after another read weights at half the rate of memory or less. Without a compiler the module still imports, and
@@ -358,7 +358,10 @@ def kernels_fast() -> bool:
 
 
 def multiplies_pairs() -> bool:
-    """Whether tokens in bf16 are multiplied as they are: by AVX512_BF16, and AVX512_VBMI, which makes bf16 of FP8."""
+    """Whether tokens in bf16 are multiplied as they are: by AVX512_BF16, and AVX512_VBMI, which makes bf16 of FP8.
+
+    The processor then takes subnormal bf16, below 1e-38, for zero, as it does in PyTorch's matrix products.
+    """
     return bool(_library().takes_pairs())
 
 
@@ -387,7 +390,7 @@ def products(
     kind = {torch.bfloat16: 1, torch.float32: 2}[weights.dtype] if scales is None else 0
     pairs = x.dtype == torch.bfloat16 and weights.dtype != torch.float32 and multiplies_pairs()
     x = x if pairs else x.float()
-    output = torch.empty(x.shape[0], weights.shape[1], dtype=torch.float32)
+    output = torch.empty(x.shape[0], weights.shape[1], dtype=torch.float32, device="cpu")
     held, scale = weights.data_ptr(), None if scales is None else scales.data_ptr()
     integers = [(ctypes.c_int64 * len(each))(*each) for each in (chosen, starts)]
     sizes = (len(chosen), *weights.shape[1:], *weights.stride()[:2], *block_size, torch.get_num_threads())

@@ -49,5 +49,5 @@ def experts_at_once(
     if found is None:
         return None
     found = found * top_k_weights.flatten()[places].float().unsqueeze(-1)
-    output = torch.zeros(hidden_states.shape, dtype=found.dtype)
+    output = torch.zeros(hidden_states.shape, dtype=found.dtype, device=found.device)
     return output.index_add_(0, tokens, found).to(hidden_states.dtype)

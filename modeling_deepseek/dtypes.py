@@ -5,6 +5,8 @@ And which tensors have numbers at all.
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 SLOW_ON_CPU = {  # looked up once: torch.compile cannot ask
@@ -28,21 +30,31 @@ def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def has_numbers(x: torch.Tensor) -> bool:
-    """Whether `x` is all there is: no subclass (a fake tensor, say), and, by [`is_transformed`], in no transform."""
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and not is_transformed()
+    """Whether the memory of `x`, by its strides, is what it says, and operations do no more than their own by [`is_transformed`].
+
+    Not so: subclasses (a fake tensor, say), other layouts, and what is negative only by a flag.
+    """
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested
+    return plain and not x.is_neg() and not is_transformed()
 
 
 def is_transformed() -> bool:
     """Whether PyTorch does more with its operations than to run them, of which a C function would know nothing.
 
-    That is a transform of `torch.func`, a level of forward derivatives, tracing, or a dispatch mode, which may count or record.
+    That is a transform of `torch.func`, a level of forward derivatives, tracing, or a mode, which may count, record or change; but
+    for the default device.
     """
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or (torch._C._len_torch_function_stack() > 0 and _has_function_mode())
     )
+
+
+def _has_function_mode() -> bool:
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def runs_as_it_is() -> bool:

@@ -9,6 +9,7 @@ from transformers.integrations import use_kernel_forward_from_hub
 
 from .products import large_enough, plain_product
 
+_linear_forward = nn.Linear.forward
 _numbers: dict[
     float, torch.Tensor
 ] = {}  # as CPU tensors without dimensions: operations with a number make one each time
@@ -49,7 +50,8 @@ class DeepseekRMSNorm(nn.Module):
 
 def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`module(x)`. What is nothing but a large `nn.Linear` without bias meets few tokens on a CPU in C."""
-    if type(module) is nn.Linear and x.is_cpu and large_enough(module.in_features * module.out_features):
+    known = type(module) is nn.Linear and type(x) is torch.Tensor
+    if known and x.is_cpu and large_enough(module.in_features * module.out_features):
         output = plain_product(x, module.weight) if is_bare(module) and module.bias is None else None
         if output is not None:
             return output
@@ -59,6 +61,8 @@ def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def is_bare(module: nn.Module) -> bool:
     """Whether a call of `module` is that of its class's `forward` on its weights: no hook, wrapper or offloading."""
     if "forward" in vars(module) and not _is_only_placed(module):
+        return False
+    if nn.Linear.forward is not _linear_forward:  # somebody put another one in its place
         return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not (hooks or _has_any_global_hook())

@@ -156,8 +156,10 @@ def blocked_causal_attention(
     compute = dtype if has_fast_gemm(query.device.type, dtype) else torch.float32
     query, key, value = (cast(x, compute) for x in (query, key.transpose(2, 3), value))
     output = query.new_empty(batch, length, heads, value.shape[-1], dtype=dtype)
-    step = min(length, max(16, min(QUERY_BLOCK, SCORES // (batch * heads * keys))))
-    causal = query.new_full((step, step), float("-inf")).triu_(1) if mask is None else None
+    step = min(length, max(16, min(QUERY_BLOCK, SCORES // max(1, batch * heads * keys)))) or 1
+    if mask is None:  # the most that a score may be
+        later = torch.ones(step, step, dtype=torch.bool, device=query.device).triu_(1)
+        bounds = query.new_full((step, step), float("inf")).masked_fill_(later, float("-inf"))
     for start in range(0, length, step):
         end = min(start + step, length)
         own = None if mask is None else mask[..., start:end, :]
@@ -168,7 +170,8 @@ def blocked_causal_attention(
         else:
             scores = torch.matmul(query[:, :, start:end] * scaling, key[..., :seen])
         if mask is None:
-            scores[..., first:].add_(causal[: end - start, : end - start])  # a third of the time of masked_fill_
+            own = scores[..., first:]  # a quarter of the time of masked_fill_
+            torch.minimum(own, bounds[: end - start, : end - start], out=own)
         else:  # the lowest number, not -inf: a row that sees nothing is spread evenly, never NaN
             scores = scores.float() if compute == torch.float16 else scores
             scores[..., first:].masked_fill_(~own[..., first:seen], torch.finfo(scores.dtype).min)

@@ -1,4 +1,4 @@
-"""Products of few tokens with weights as they are, in C on CPUs that have AVX2: the door of linear layers and of experts."""
+"""Products of few tokens with weights as they are, on a CPU in C: the door of linear layers and of experts."""
 
 import itertools
 
@@ -21,6 +21,8 @@ def large_enough(numbers: int) -> bool:
 
 def meets_in_c(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether `x` and these weights are for C, whatever their number: on CPUs, all in fp32 or all in bf16, for no gradients.
+
+    "auto" wants AVX2 and OpenMP too, without which PyTorch's products are as fast or were not measured.
 
     Raises:
         ValueError: for another `PLAIN_PRODUCT`, and for "c" where there is no compiler.
@@ -46,9 +48,9 @@ def plain_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
 
     `None` where that is not the way to do it. Its plain twin is `F.linear(x, weight)`, up to the order of the sums.
     """
-    width = x.shape[-1]
-    if width != weight.shape[-1] or not meets_in_c(x, weight):
+    if not x.ndim or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or not meets_in_c(x, weight):
         return None
+    width = x.shape[-1]
     tokens = x.numel() // width
     if PLAIN_PRODUCT == "auto":
         if tokens > TOKENS:
@@ -65,8 +67,8 @@ def experts_meet_in_c(
     hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, pairs: int
 ) -> bool:
     """Whether so many pairs of token and expert meet the experts' weights `[E, m, n]` in C, as [`meets_in_c`] says."""
-    few = 0 < pairs <= TOKENS * len(down_proj) or PLAIN_PRODUCT == "c"
-    return few and large_enough(down_proj[0].numel()) and meets_in_c(hidden_states, gate_up_proj, down_proj)
+    few = pairs <= TOKENS * len(down_proj) or PLAIN_PRODUCT == "c"
+    return few and meets_in_c(hidden_states, gate_up_proj, down_proj)
 
 
 def expert_products(
@@ -74,9 +76,11 @@ def expert_products(
 ) -> torch.Tensor | None:
     """Rows `starts[i]` to `starts[i + 1]` of `x` `[N, n]` times `weights[chosen[i]]` `[m, n]` -> `[N, m]` like `x`.
 
-    For what [`experts_meet_in_c`] says yes to; `None` where one expert meets many tokens. Sums are in fp32.
+    For what [`experts_meet_in_c`] says yes to; `None` where one expert meets many tokens, and where shapes or `chosen` do not
+    fit the weights. Sums are in fp32.
     """
     most = max((end - start for start, end in itertools.pairwise(starts)), default=0)
-    if (PLAIN_PRODUCT == "auto" and most > EXPERT_TOKENS) or x.shape[-1] != weights.shape[-1]:
+    fits = x.shape[-1] == weights.shape[2] and max(chosen, default=-1) < len(weights)
+    if not fits or (PLAIN_PRODUCT == "auto" and most > EXPERT_TOKENS):
         return None
     return products(x.contiguous(), weights, chosen, starts).to(x.dtype)

@@ -11,6 +11,23 @@ def test_tokens_are_sorted_by_expert():
     assert counts == [2, 0, 0, 2]  # 4: served elsewhere
 
 
+def test_tokens_of_one_expert_keep_their_order():
+    tokens, places, counts = sorted_by_expert(torch.randint(4, (3000, 2)), 4)
+    for own, at in zip(tokens.split(counts), places.split(counts), strict=True):
+        assert (own.diff() >= 0).all() and (at.diff() > 0).all()
+
+
+def test_what_experts_answer_in_bf16_is_summed_in_fp32():
+    """1 and 255 times 1/256: in bf16 the sum of the small ones would be lost."""
+    states, gates = torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 256, dtype=torch.bfloat16)
+    answers = torch.full((256, 1), 1 / 256, dtype=torch.bfloat16)
+    answers[0] = 1
+    output = experts_at_once(
+        states, torch.arange(256)[None], gates, 256, lambda *_: answers, lambda x: x, lambda x, *_: x
+    )
+    assert output.dtype == torch.bfloat16 and output.item() == 2
+
+
 def test_all_experts_at_once_are_one_after_another():
     torch.manual_seed(0)
     states, up, down = torch.randn(5, 6), torch.randn(4, 8, 6), torch.randn(4, 6, 8)

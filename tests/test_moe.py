@@ -394,7 +394,12 @@ def test_experts_of_the_released_size_meet_few_tokens_in_c(monkeypatch):
 def test_experts_meet_in_c_only_what_c_knows(monkeypatch):
     experts, x = built(DeepseekExperts, "v3"), torch.randn(2, 48)
     chosen, gates = routing(2)
-    assert in_c(experts, x, chosen, gates) is None  # small
+    monkeypatch.setattr(products, "kernels_fast", cpu_kernels.kernels_available)
+    assert in_c(experts, x, chosen, gates) is None  # small, each and
+    monkeypatch.setattr(products, "MIN_WEIGHTS", 1 + experts.down_proj[0].numel())
+    assert in_c(experts, x, chosen, gates) is None  # not by their number
+    monkeypatch.setattr(products, "MIN_WEIGHTS", experts.down_proj[0].numel())
+    assert in_c(experts, x, chosen, gates) is not None
     monkeypatch.setattr(products, "PLAIN_PRODUCT", "c")
     assert in_c(experts, x, chosen, gates) is not None
     assert moe.experts_in_c(experts, x, chosen, gates) is None  # gradients
@@ -405,6 +410,17 @@ def test_experts_meet_in_c_only_what_c_knows(monkeypatch):
         assert in_c(experts, x, chosen, gates) is None
     with torch.device("meta"):
         assert in_c(DeepseekExperts(tiny_config("v3")), x.to("meta"), chosen, gates) is None
+        assert in_c(experts, x, chosen, gates).device.type == "cpu"
+    apart = built(DeepseekExperts, "v3")
+    apart.down_proj = torch.nn.Parameter(apart.down_proj.detach().transpose(1, 2).contiguous().transpose(1, 2))
+    assert in_c(apart, x, chosen, gates) is None
+    few = built(DeepseekExperts, "v3")
+    few.gate_up_proj, few.down_proj = (
+        torch.nn.Parameter(w.detach()[:4].clone()) for w in (few.gate_up_proj, few.down_proj)
+    )
+    assert in_c(few, x, torch.tensor([[0, 1, 3], [1, 2, 3]]), gates) is not None
+    assert in_c(few, x, torch.tensor([[0, 1, 4], [1, 2, 3]]), gates) is None  # no such weight
+    assert products.expert_products(few.down_proj, x[:, 1:], [0], [0, 2]) is None
     monkeypatch.setattr(products, "PLAIN_PRODUCT", "torch")
     assert in_c(experts, x, chosen, gates) is None
     monkeypatch.setattr(products, "PLAIN_PRODUCT", "fast")
@@ -420,7 +436,6 @@ def test_a_model_that_generates_meets_its_experts_in_c(monkeypatch):
     model = tiny_model("v2").eval()
     ids = tiny_tokens(model.config, 2, 7)
     model.config._experts_implementation = "auto"
-    monkeypatch.setattr(moe, "SMALL_WEIGHTS", 0)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     monkeypatch.setattr(products, "PLAIN_PRODUCT", "c")
     asked = []

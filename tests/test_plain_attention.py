@@ -425,3 +425,17 @@ def test_blocks_in_16_bits_have_their_softmax_in_fp32(monkeypatch, dtype):
     value, mask = torch.ones(1, 1, 4096, 4, dtype=dtype), torch.ones(1, 1, 1, 4096, dtype=torch.bool)
     output = blocked_causal_attention(query, key, value, 1.0, mask)
     torch.testing.assert_close(output, torch.ones(1, 1, 1, 4, dtype=dtype), rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_score_of_a_later_key_that_overflows_is_not_heard(monkeypatch, dtype):
+    monkeypatch.setattr(plain_attention, "has_fast_gemm", lambda *_: True)
+    query, key, value = (torch.rand(1, 2, 17, width).to(dtype) for width in (24, 24, 10))
+    expected = blocked_causal_attention(query[:, :, :16], key[:, :, :16], value[:, :, :16], 1.0)
+    key[:, :, 16] = torch.finfo(dtype).max
+    torch.testing.assert_close(blocked_causal_attention(query, key, value, 1.0)[:, :16], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_no_queries_get_no_answers():
+    empty = torch.randn(1, 2, 0, 8)
+    assert blocked_causal_attention(empty, empty, empty, 1.0).shape == (1, 0, 2, 8)

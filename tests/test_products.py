@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 from modeling_deepseek import cpu_kernels, layers, products
 from modeling_deepseek.layers import linear
@@ -94,13 +95,14 @@ def test_what_is_more_than_a_linear_layer_is_called(forced, answers):
     def plain() -> nn.Linear:
         return nn.Linear(8, 8, bias=False)
 
-    hooked, before, patched = plain(), plain(), plain()
+    hooked, before, patched, watched = plain(), plain(), plain(), plain()
+    watched.register_full_backward_hook(lambda *_: None)
     hooked.register_forward_hook(lambda module, inputs, output: output + 1)
     before.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
     patched.forward = lambda x: x
     x = torch.randn(2, 8)
     with torch.no_grad():
-        for module in (hooked, before, patched, Doubled(8, 8, bias=False), nn.Linear(8, 8)):
+        for module in (hooked, before, patched, watched, Doubled(8, 8, bias=False), nn.Linear(8, 8)):
             torch.testing.assert_close(linear(module, x), module(x), rtol=0, atol=0)
         seen, everywhere = plain(), []
         handle = register_module_forward_hook(lambda module, inputs, output: everywhere.append(module))
@@ -139,6 +141,57 @@ def test_gradients_and_all_else_that_c_does_not_know_are_for_pytorch(forced, ans
             linear(module, torch.randn(2, 9))
     assert sum(answers) == 1  # bf16
     assert linear(frozen, x).grad_fn is None and answers[-1]
+
+
+@torch.no_grad()
+def test_operations_that_somebody_changes_are_those_of_pytorch(forced, answers, monkeypatch):
+    class Zeros(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **kwargs or {})
+            return output * 0 if func is F.linear else output
+
+    module, x = nn.Linear(8, 8, bias=False), torch.randn(2, 8)
+    with Zeros():
+        assert not linear(module, x).any()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: x)
+        assert linear(module, x) is x
+    assert not any(answers)
+    with torch.device("meta"):  # a mode too, of which C need not know
+        torch.testing.assert_close(linear(module, x), module(x))
+    assert answers[-1]
+
+
+@torch.no_grad()
+def test_what_is_no_memory_of_numbers_is_for_pytorch(forced, answers):
+    class Own(torch.Tensor):
+        pass
+
+    module, x = nn.Linear(8, 6, bias=False), torch.randn(2, 8)
+    expected = module(x)
+    torch.testing.assert_close(linear(module, torch._neg_view(x)), -expected)
+    torch.testing.assert_close(linear(module, x.as_subclass(Own)).as_subclass(torch.Tensor), expected)
+    weight = module.weight.detach()
+    for other in (torch._neg_view(weight), weight.to_sparse_csr(), weight.clone().as_subclass(Own), weight[0].clone()):
+        module.weight = nn.Parameter(other, requires_grad=False)
+        torch.testing.assert_close(linear(module, x), module(x))
+    module.weight = nn.Parameter(weight)
+    with pytest.raises(RuntimeError):
+        linear(module, torch.tensor(1.0))
+    assert not any(answers)
+
+
+def test_a_trace_of_symbols_is_one_of_the_module():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(1024, 1024, bias=False)
+
+        def forward(self, x):
+            return linear(self.proj, x)
+
+    traced = torch.fx.symbolic_trace(Layer())
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
 def test_settings_that_cannot_be(monkeypatch):

@@ -33,7 +33,7 @@ def compiled(source: str, *flags: str) -> ctypes.CDLL | None:
         except (OSError, subprocess.SubprocessError) as error:
             problem = str(getattr(error, "stderr", None) or error).strip()
     logger.warning_once(
-        "New tokens meet the cache, and weights that are kept in FP8 are multiplied, by PyTorch's own operations: two to ten times "
-        f"as slow for single tokens as by the C kernels, for which {problem}. Install a C compiler (or name it in CC)."
+        "Few new tokens meet the cache and weights by PyTorch's own operations, which take up to ten times as long as the C "
+        f"kernels, for which {problem}. Install a C compiler (or name it in CC)."
     )
     return None

@@ -21,7 +21,7 @@ from .balance import Routing
 from .dispatch import experts_at_once, sorted_by_expert
 from .dtypes import cast, has_fast_gemm
 from .layers import DeepseekMLP
-from .products import expert_products, experts_meet_in_c
+from .products import expert_products, experts_meet_in_c, large_enough
 from .router import DeepseekTopkRouter
 
 # Tokens up to which, and from which, another form than grouped_mm is faster on a CPU without gradients: benchmarks/experts.py
@@ -64,12 +64,12 @@ def auto_experts_forward(
     if device != "cpu":  # copies are read and written: not measured on a GPU
         few = 3 * top_k_index.numel() <= experts.num_experts
         return (batched_mm_experts_forward if few else grouped_mm_experts_forward)(experts, *arguments)
-    weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
-    if weights <= SMALL_WEIGHTS and not getattr(experts, "_is_expert_parallel", True):  # transformers 5.17 does not say
-        return gathered_experts_forward(experts, *arguments)
     found = experts_in_c(experts, *arguments)
     if found is not None:
         return found
+    weights = top_k_index.numel() * experts.hidden_dim * experts.intermediate_dim
+    if weights <= SMALL_WEIGHTS and not getattr(experts, "_is_expert_parallel", True):  # transformers 5.17 does not say
+        return gathered_experts_forward(experts, *arguments)
     slow = hidden_states.dtype == experts.gate_up_proj.dtype and not has_fast_gemm("cpu", hidden_states.dtype)
     if slow and not torch.compiler.is_compiling() and top_k_index.numel() >= TOKENS_TO_CONVERT * experts.num_experts:
         return sorted_experts_forward(experts, *arguments, torch.float32)
@@ -95,6 +95,8 @@ def experts_in_c(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor | None:
     """Two products over the chosen weights where they lie, in C; `None` where they cannot be, or would take longer."""
+    if not large_enough(experts.hidden_dim * experts.intermediate_dim):
+        return None
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if not experts_meet_in_c(hidden_states, gate_up, down, top_k_index.numel()):
         return None
