@@ -10,9 +10,8 @@ from transformers.integrations import use_kernel_forward_from_hub
 from .products import large_enough, plain_product
 
 _linear_forward = nn.Linear.forward
-_numbers: dict[
-    float, torch.Tensor
-] = {}  # as CPU tensors without dimensions: operations with a number make one each time
+# by value and dtype, as CPU tensors without dimensions: operations with a number, or one of another dtype, make one each time
+_numbers: dict[tuple[float, torch.dtype], torch.Tensor] = {}
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -23,22 +22,23 @@ class DeepseekRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
-        if eps not in _numbers:
-            with torch.inference_mode(False):
-                number = torch.tensor(eps, dtype=torch.float64, device="cpu")
-            if type(number) is torch.Tensor:  # not under a mode that pretends
-                _numbers[eps] = number
+        for dtype in (torch.float32, torch.float64):
+            if (eps, dtype) not in _numbers:
+                with torch.inference_mode(False):
+                    number = torch.tensor(eps, dtype=dtype, device="cpu")
+                if type(number) is torch.Tensor:  # not under a mode that pretends
+                    _numbers[eps, dtype] = number
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight, eps = self.weight, self.variance_epsilon
         if weight.dtype != hidden_states.dtype:
             return weight * F.rms_norm(hidden_states, weight.shape, eps=eps)
-        width, number = hidden_states.shape[-1], _numbers.get(eps)
+        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        width, number = hidden_states.shape[-1], _numbers.get((eps, wide))
         few_steps = hidden_states.is_cpu and type(hidden_states) is torch.Tensor and number is not None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not few_steps or weight.numel() != width:
             return F.rms_norm(hidden_states, weight.shape, weight, eps)
         # PyTorch has a kernel for it on GPUs only; this takes fewer operations than what it does on a CPU
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide)
         scale = torch.addcmul(number, norm, norm, value=1 / width).rsqrt()
         normed = hidden_states * scale * weight
