@@ -391,6 +391,16 @@ def test_experts_of_the_released_size_meet_few_tokens_in_c(monkeypatch):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_as_wide_as_those_of_v3_take_fewer_tokens_in_bf16(monkeypatch):
+    weights, x = torch.randn(2, 3, 7168).bfloat16(), torch.randn(10, 7168).bfloat16()
+    for pairs in (True, False):
+        monkeypatch.setattr(products, "multiplies_pairs", lambda pairs=pairs: pairs)
+        for tokens in (9, 10):
+            answer = products.expert_products(weights, x[:tokens], [0, 1], [0, 4, tokens])
+            assert (answer is None) == (pairs and tokens == 10)
+    assert products.expert_products(weights.float(), x.float(), [0, 1], [0, 4, 10]) is not None
+
+
 def test_experts_meet_in_c_only_what_c_knows(monkeypatch):
     experts, x = built(DeepseekExperts, "v3"), torch.randn(2, 48)
     chosen, gates = routing(2)

@@ -11,7 +11,9 @@ PLAIN_PRODUCT = "auto"  # or "c", "torch": how few tokens meet weights in fp32 a
 MIN_WEIGHTS = 2**20  # numbers in a matrix that is worth the second which a compiler takes, once per process
 # Measured: up to so many tokens per matrix (on average, of experts) PyTorch's products take longer, if no expert has many.
 TOKENS, EXPERT_TOKENS = 12, 32
-PAIRS = 2**16  # bytes of bf16 that are read again for each row of a weight: more leave the processor's first cache
+PAIRS = (
+    2**16
+)  # bytes of tokens in bf16 per matrix, which are read again for each of its rows: more are too slow to come by
 
 
 def large_enough(numbers: int) -> bool:
@@ -55,10 +57,8 @@ def plain_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     if PLAIN_PRODUCT == "auto":
         if tokens > TOKENS:
             return None
-        if x.dtype == torch.bfloat16:
-            held = min(tokens, 4) * width * x.itemsize
-            if held > PAIRS if multiplies_pairs() else tokens == 1:
-                return None
+        if x.dtype == torch.bfloat16 and (x.nbytes > PAIRS if multiplies_pairs() else tokens == 1):
+            return None
     rows = x.reshape(tokens, width).contiguous()
     return products(rows, weight.unsqueeze(0), [0], [0, tokens]).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -81,6 +81,10 @@ def expert_products(
     """
     most = max((end - start for start, end in itertools.pairwise(starts)), default=0)
     fits = x.shape[-1] == weights.shape[2] and max(chosen, default=-1) < len(weights)
-    if not fits or (PLAIN_PRODUCT == "auto" and most > EXPERT_TOKENS):
+    if not fits:
         return None
+    if PLAIN_PRODUCT == "auto":
+        wide = x.dtype == torch.bfloat16 and x.nbytes > PAIRS * len(chosen) and multiplies_pairs()
+        if wide or most > EXPERT_TOKENS:
+            return None
     return products(x.contiguous(), weights, chosen, starts).to(x.dtype)
