@@ -11,9 +11,8 @@ PLAIN_PRODUCT = "auto"  # or "c", "torch": how few tokens meet weights in fp32 a
 MIN_WEIGHTS = 2**20  # numbers in a matrix that is worth the second which a compiler takes, once per process
 # Measured: up to so many tokens per matrix (on average, of experts) PyTorch's products take longer, if no expert has many.
 TOKENS, EXPERT_TOKENS = 12, 32
-PAIRS = (
-    2**16
-)  # bytes of tokens in bf16 per matrix, which are read again for each of its rows: more are too slow to come by
+# Bytes of tokens in bf16 per matrix, which are read again for each of its rows: more leave the processor's first caches.
+PAIRS = 2**16
 
 
 def large_enough(numbers: int) -> bool:
@@ -50,15 +49,14 @@ def plain_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
 
     `None` where that is not the way to do it. Its plain twin is `F.linear(x, weight)`, up to the order of the sums.
     """
-    if not x.ndim or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or not meets_in_c(x, weight):
+    if not x.ndim or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         return None
     width = x.shape[-1]
-    tokens = x.numel() // width
-    if PLAIN_PRODUCT == "auto":
-        if tokens > TOKENS:
-            return None
-        if x.dtype == torch.bfloat16 and (x.nbytes > PAIRS if multiplies_pairs() else tokens == 1):
-            return None
+    tokens, auto = x.numel() // max(1, width), PLAIN_PRODUCT == "auto"
+    if (auto and tokens > TOKENS) or not meets_in_c(x, weight):
+        return None
+    if auto and x.dtype == torch.bfloat16 and (x.nbytes > PAIRS if multiplies_pairs() else tokens == 1):
+        return None
     rows = x.reshape(tokens, width).contiguous()
     return products(rows, weight.unsqueeze(0), [0], [0, tokens]).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
