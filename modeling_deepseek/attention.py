@@ -163,9 +163,8 @@ class DeepseekLatentAttention(DeepseekAttention):
         else:
             latent, k_rope = as_tensor(latent), as_tensor(k_rope)
             if self.blocks_queries(hidden_states, attention_mask, **kwargs):
-                return linear(
-                    self.o_proj, self.attend_in_blocks(q_latent, latent, k_rope, cos, sin, attention_mask)
-                ), None
+                output = self.attend_in_blocks(q_latent, latent, k_rope, cos, sin, attention_mask)
+                return linear(self.o_proj, output), None
             inputs = (q_latent, latent, k_rope, cos, sin, attention_mask is not None)
             with recomputed(by, self.expand_all, *inputs) as (query, key, value):
                 output, weights = self.attend(query, key, value, attention_mask, **kwargs)
